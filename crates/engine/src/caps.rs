@@ -18,7 +18,7 @@ pub struct EngineCaps {
     pub interrupt_chips: InterruptChips,
     /// [`Vm::add_doorbell`](crate::Vm::add_doorbell) works.
     pub doorbells: bool,
-    /// [`Vm::add_irq_event`](crate::Vm::add_irq_event) works.
+    /// [`Vm::set_irq_event`](crate::Vm::set_irq_event) works.
     pub irq_events: bool,
     /// [`Vm::take_dirty`](crate::Vm::take_dirty) works.
     pub dirty_log: bool,

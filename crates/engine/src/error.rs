@@ -41,6 +41,9 @@ pub enum EngineError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The guest did what this engine can't run. The text says where and what.
+    #[error("{0}")]
+    Guest(String),
     /// The engine caught itself in a contradiction. The text is for the report.
     #[error("engine bug: {0}")]
     Internal(String),
@@ -66,6 +69,7 @@ impl EngineError {
             Self::State(_) => ErrorKind::State,
             Self::Unsupported(_) => ErrorKind::Unsupported,
             Self::Host { .. } => ErrorKind::Host,
+            Self::Guest(_) => ErrorKind::Guest,
             Self::Internal(_) => ErrorKind::Internal,
         }
     }

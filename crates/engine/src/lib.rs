@@ -36,8 +36,9 @@ pub trait Engine: Send + Sync {
     fn name(&self) -> &'static str;
     /// What it can do on this host. Asking for more is refused, never ignored.
     fn caps(&self) -> &EngineCaps;
-    /// The CPUID leaves that a guest of this engine may be shown, before topology and the
-    /// paravirtual leaves.
+    /// The CPUID leaves that a guest of this engine may be shown: what the engine runs, less what
+    /// the project hides, with the paravirtual leaves (0x4000_0000 and 0x4000_0001) that the
+    /// engine implements. The machine adds what depends on the board: topology and APIC ids.
     ///
     /// # Errors
     /// When the host can't be asked.
@@ -141,20 +142,37 @@ pub trait Vm: Send + Sync {
     }
 
     /// Delivers `message` whenever `event` is signalled (KVM's irqfd), for back ends outside the
-    /// process.
+    /// process. A second call with the same descriptor replaces the message (the guest rewrote
+    /// its MSI-X table); `None` ends the delivery and may be repeated.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] unless [`EngineCaps::irq_events`].
-    fn add_irq_event(&self, message: MsiMessage, event: &EventFd) -> Result<(), EngineError> {
-        let _ = (message, event);
+    /// [`ErrorKind::Unsupported`] unless [`EngineCaps::irq_events`]; [`ErrorKind::State`] in a
+    /// machine without the engine's interrupt chips; [`ErrorKind::Host`] when the host refuses.
+    fn set_irq_event(
+        &self,
+        event: &EventFd,
+        message: Option<MsiMessage>,
+    ) -> Result<(), EngineError> {
+        let _ = (event, message);
         Err(EngineError::unsupported("interrupt events"))
     }
 
-    /// Pages the vCPUs wrote since the last call, one bit a page from guest address `start` on;
-    /// the devices' own writes are in the RAM's page trackers.
+    /// Starts (empty) or stops the log that [`Self::take_dirty`] reads.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] unless [`EngineCaps::dirty_log`].
+    fn set_dirty_log(&self, on: bool) -> Result<(), EngineError> {
+        let _ = on;
+        Err(EngineError::unsupported("a dirty page log"))
+    }
+
+    /// Pages the vCPUs wrote since the last call for these pages, one bit a page from guest
+    /// address `start` on (bit `n % 64` of word `n / 64` is page `n`). Pages outside RAM are
+    /// clean. The devices' own writes are in the RAM's page trackers.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] unless [`EngineCaps::dirty_log`]; [`ErrorKind::State`] while
+    /// the log is off; [`ErrorKind::Config`] for a `start` inside a page.
     fn take_dirty(&self, start: u64, pages: usize) -> Result<Vec<u64>, EngineError> {
         let _ = (start, pages);
         Err(EngineError::unsupported("a dirty page log"))
@@ -191,8 +209,15 @@ pub trait VcpuWaker: Send + Sync {
 pub trait Vcpu: Send {
     /// Runs until something needs the monitor. HLT blocks inside when the machine has interrupts.
     ///
+    /// After [`VcpuExit::Io`] with a write, the instruction is complete; with a read, it completes
+    /// in [`Self::complete_read`]. One instruction may exit more than once (string I/O, wide
+    /// accesses). After [`VcpuExit::Shutdown`] the state is undefined until it is set.
+    ///
     /// # Errors
-    /// [`ErrorKind::Host`] or [`ErrorKind::Internal`] only: whatever the guest does is an exit.
+    /// [`ErrorKind::State`] while a read waits for [`Self::complete_read`]; else
+    /// [`ErrorKind::Host`], [`ErrorKind::Internal`], or [`ErrorKind::Guest`] for code that this
+    /// engine can't run where a processor would (it names the place). What a processor defines
+    /// is never an error.
     fn run(&mut self) -> Result<VcpuExit, EngineError>;
 
     /// Gives the value for the read that the last [`VcpuExit::Io`] asked for.
@@ -207,7 +232,8 @@ pub trait Vcpu: Send {
     /// [`ErrorKind::Host`] when the host refuses.
     fn state(&self) -> Result<VcpuState, EngineError>;
 
-    /// Replaces the state.
+    /// Replaces the state. An empty `xsave`, `msrs` or `lapic` leaves what is there; an MSR that
+    /// isn't listed keeps its value. A read that waits for [`Self::complete_read`] is given up.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] for a state that this vCPU can't have.
