@@ -1,0 +1,260 @@
+//! Whether `/dev/kvm` is of use, measured: a device file that exists says little. It may be
+//! closed to this user, and there are KVM modules for hosts without VT-x or AMD-V that run a
+//! kernel's code through an instruction emulator, about a thousand times slower than the
+//! processor.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
+
+use ringfence_bus::MmioBus;
+use ringfence_bus::PioBus;
+use ringfence_engine::Engine;
+use ringfence_engine::EngineError;
+use ringfence_engine::Interrupts;
+use ringfence_engine::Unclaimed;
+use ringfence_engine::Vcpu;
+use ringfence_engine::VcpuExit;
+use ringfence_engine::VmSetup;
+use ringfence_memory::Bytes;
+use ringfence_memory::GuestAddress;
+use ringfence_memory::GuestRam;
+use ringfence_memory::HugePages;
+use ringfence_x86::paging;
+use ringfence_x86::state::CS;
+use ringfence_x86::state::RCX;
+use ringfence_x86::state::Segment;
+use ringfence_x86::state::VcpuState;
+
+use crate::KvmEngine;
+use crate::engine::DEVICE;
+
+/// Below this many million instructions a second a stock kernel takes minutes to boot, and the
+/// host doesn't use its processor's virtualization. Emulating modules reach about 2; a guest in
+/// an emulated host, the slowest that is still useful, over 100.
+pub const USEFUL_MIPS: f64 = 30.0;
+
+/// What the probe found.
+#[derive(Debug)]
+pub enum KvmVerdict {
+    /// There is no `/dev/kvm`.
+    Missing,
+    /// This user may not open it.
+    NotPermitted,
+    /// It opens, but no machine runs.
+    Broken(EngineError),
+    /// It runs code far too slowly: an emulator is behind it.
+    Emulating,
+    /// It runs code on the processor.
+    Usable,
+}
+
+/// A verdict and what it stands on.
+#[derive(Debug)]
+pub struct KvmProbe {
+    /// What was found.
+    pub verdict: KvmVerdict,
+    /// Guest speed in million instructions a second, when a guest ran.
+    pub mips: Option<f64>,
+    /// How long the probe took.
+    pub took: Duration,
+}
+
+impl KvmProbe {
+    /// One sentence: the state of `/dev/kvm`.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let mips = self.mips.unwrap_or(0.0);
+        match &self.verdict {
+            KvmVerdict::Missing => format!("{DEVICE} does not exist"),
+            KvmVerdict::NotPermitted => format!("{DEVICE} exists, but this user may not open it"),
+            KvmVerdict::Broken(error) => {
+                let cause = std::error::Error::source(error)
+                    .map_or_else(String::new, |source| format!(": {source}"));
+                format!("{DEVICE} opens, but runs no machine: {error}{cause}")
+            }
+            KvmVerdict::Emulating => format!(
+                "{DEVICE} emulates instructions ({mips:.1} million a second); it does not use the processor's virtualization"
+            ),
+            KvmVerdict::Usable => {
+                format!("{DEVICE} runs guests ({mips:.0} million instructions a second)")
+            }
+        }
+    }
+
+    /// What to do about it; empty when it is usable.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match &self.verdict {
+            KvmVerdict::Missing => {
+                "enable virtualization (VT-x or AMD-V) in the firmware, or nested virtualization for this virtual machine, then load the module: modprobe kvm_intel, or modprobe kvm_amd"
+            }
+            KvmVerdict::NotPermitted => {
+                "join the group that owns the device: sudo usermod -aG kvm \"$USER\", then log in again"
+            }
+            KvmVerdict::Broken(_) => "see the kernel's log: dmesg | grep -i kvm",
+            KvmVerdict::Emulating => {
+                "use another engine here, or a host with VT-x or AMD-V (for a virtual machine: nested virtualization)"
+            }
+            KvmVerdict::Usable => "",
+        }
+    }
+}
+
+/// Opens `/dev/kvm` and times a loop in a throw-away guest, for about 20 milliseconds.
+#[must_use]
+pub fn probe() -> KvmProbe {
+    let start = Instant::now();
+    let (verdict, mips) = match File::options().read(true).write(true).open(DEVICE) {
+        Ok(device) => measure(device),
+        Err(error) => (unopened(error), None),
+    };
+    KvmProbe {
+        verdict,
+        mips,
+        took: start.elapsed(),
+    }
+}
+
+fn unopened(error: io::Error) -> KvmVerdict {
+    match error.raw_os_error() {
+        // ENODEV: the device file is there, the module that it belongs to isn't.
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => KvmVerdict::Missing,
+        Some(libc::EACCES | libc::EPERM) => KvmVerdict::NotPermitted,
+        _ => KvmVerdict::Broken(EngineError::host("open /dev/kvm")(error)),
+    }
+}
+
+fn measure(device: File) -> (KvmVerdict, Option<f64>) {
+    let speed = KvmEngine::from_fd(device.into()).and_then(|engine| guest_mips(&engine));
+    match speed {
+        Ok(mips) if mips >= USEFUL_MIPS => (KvmVerdict::Usable, Some(mips)),
+        Ok(mips) => (KvmVerdict::Emulating, Some(mips)),
+        Err(error) => (KvmVerdict::Broken(error), None),
+    }
+}
+
+/// Runs longer and longer loops until one takes long enough to be timed.
+fn guest_mips(engine: &dyn Engine) -> Result<f64, EngineError> {
+    const ENOUGH: Duration = Duration::from_millis(8);
+    const FIRST_TURNS: u64 = 1000;
+    const MAX_TURNS: u64 = 1 << 26;
+    /// LOOP's body: DEC and JNZ.
+    const INSTRUCTIONS_A_TURN: f64 = 2.0;
+    let mut vcpu = loop_guest(engine)?;
+    let mut state = loop_state(vcpu.as_ref())?;
+    let mut turns = FIRST_TURNS;
+    loop {
+        state.regs.gpr[RCX] = turns;
+        vcpu.set_state(&state)?;
+        let start = Instant::now();
+        let exit = vcpu.run()?;
+        let took = start.elapsed();
+        if exit != VcpuExit::Halt {
+            return Err(EngineError::Guest(format!(
+                "the test guest stopped with {exit:?} in place of HLT"
+            )));
+        }
+        if took >= ENOUGH || turns >= MAX_TURNS {
+            let millions = f64::from(u32::try_from(turns).unwrap_or(u32::MAX)) / 1e6;
+            return Ok(millions * INSTRUCTIONS_A_TURN / took.as_secs_f64());
+        }
+        turns *= 4;
+    }
+}
+
+const CODE: u64 = 0x1000;
+const PML4: u64 = 0x2000;
+const PDPT: u64 = 0x3000;
+const PD: u64 = 0x4000;
+
+/// A 64-bit guest, since that is what kernels are; real mode may be slow on a good host.
+fn loop_guest(engine: &dyn Engine) -> Result<Box<dyn Vcpu>, EngineError> {
+    const DEC_RCX_JNZ_HLT: [u8; 6] = [0x48, 0xff, 0xc9, 0x75, 0xfb, 0xf4];
+    let internal = |what: &str| EngineError::Internal(format!("the test guest has no {what}"));
+    let ram =
+        GuestRam::new(64 << 10, HugePages::Off).map_err(|error| internal(&error.to_string()))?;
+    let table = paging::PTE_P | paging::PTE_W;
+    let memory = ram.memory();
+    memory
+        .write_slice(&DEC_RCX_JNZ_HLT, GuestAddress(CODE))
+        .and_then(|()| memory.write_obj(PDPT | table, GuestAddress(PML4)))
+        .and_then(|()| memory.write_obj(PD | table, GuestAddress(PDPT)))
+        .and_then(|()| memory.write_obj(table | paging::PTE_PS, GuestAddress(PD)))
+        .map_err(|error| internal(&error.to_string()))?;
+    let vm = engine.create_vm(VmSetup {
+        ram,
+        pio: Arc::new(PioBus::default()),
+        mmio: Arc::new(MmioBus::default()),
+        vcpus: 1,
+        interrupts: Interrupts::None,
+        unclaimed: Unclaimed::Exit,
+    })?;
+    vm.create_vcpu(0, engine.supported_cpuid()?)
+}
+
+fn loop_state(vcpu: &dyn Vcpu) -> Result<VcpuState, EngineError> {
+    const CODE64: u32 = 0xa09b;
+    const DATA: u32 = 0xc093;
+    let mut state = vcpu.state()?;
+    state.msrs.clear();
+    state.xsave.clear();
+    let flat = |selector, access| Segment {
+        selector,
+        base: 0,
+        limit: u32::MAX,
+        access,
+    };
+    state.sregs.segments = [flat(0x10, DATA); 6];
+    state.sregs.segments[CS] = flat(8, CODE64);
+    state.sregs.cr0 = paging::CR0_PE | paging::CR0_ET | paging::CR0_NE | paging::CR0_PG;
+    state.sregs.cr3 = PML4;
+    state.sregs.cr4 = paging::CR4_PAE;
+    state.sregs.efer = paging::EFER_LME | paging::EFER_LMA;
+    state.regs.rip = CODE;
+    state.regs.rflags = 2;
+    Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_file_without_its_module_counts_as_missing() {
+        for errno in [libc::ENOENT, libc::ENODEV, libc::ENXIO] {
+            let verdict = unopened(io::Error::from_raw_os_error(errno));
+            assert!(matches!(verdict, KvmVerdict::Missing), "{errno}");
+        }
+    }
+
+    #[test]
+    fn a_refused_open_names_the_group() {
+        let probe = KvmProbe {
+            verdict: unopened(io::Error::from_raw_os_error(libc::EACCES)),
+            mips: None,
+            took: Duration::ZERO,
+        };
+        assert!(probe.summary().contains("may not open"));
+        assert!(probe.remedy().contains("usermod"));
+    }
+
+    #[test]
+    fn another_file_in_its_place_is_broken_not_usable() {
+        let (verdict, mips) = measure(File::open("/dev/null").expect("there always"));
+        assert!(matches!(verdict, KvmVerdict::Broken(_)), "{verdict:?}");
+        assert_eq!(mips, None);
+    }
+
+    #[test]
+    fn the_probe_of_this_host_is_quick_and_says_what_it_found() {
+        let probe = probe();
+        assert!(probe.took < Duration::from_secs(2), "{probe:?}");
+        assert!(probe.summary().contains(DEVICE));
+        let usable = matches!(probe.verdict, KvmVerdict::Usable);
+        assert_eq!(usable, probe.remedy().is_empty(), "{probe:?}");
+        assert_eq!(usable, probe.mips.is_some_and(|mips| mips >= USEFUL_MIPS));
+    }
+}
