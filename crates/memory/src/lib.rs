@@ -10,15 +10,17 @@
 //!
 //! See DESIGN.md for the principles.
 
-// UNSAFETY: creates the memfd and hands its pages to `mmap` through vm-memory.
+// UNSAFETY: creates the memfd and hands its pages to `mmap` through vm-memory; hands guest pages to
+// vectored reads and writes of files.
 #![expect(
     unsafe_code,
-    reason = "memfd_create and madvise have no safe wrapper here"
+    reason = "memfd_create, madvise and vectored I/O on guest pages have no safe wrapper"
 )]
 
 mod layout;
 mod ram;
 mod tracker;
+pub mod vectored;
 
 pub use layout::{MMIO_HOLE_END, MMIO_HOLE_START, PAGE_SIZE, RamLayout, RamRange};
 pub use ram::{GuestRam, HugePages, MAX_RAM_BYTES, MemoryError};
