@@ -150,6 +150,22 @@ pub fn write(sink: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usiz
     done(unsafe { libc::writev(sink.as_raw_fd(), buffers.raw.as_ptr(), buffers.count()) })
 }
 
+/// Sends `slices` on a socket without waiting; a closed peer is an error, never a signal.
+///
+/// # Errors
+/// What the kernel says; `WouldBlock` when the socket is full.
+pub fn send(socket: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usize> {
+    let mut buffers = Buffers::new(slices);
+    // SAFETY: an all-zero msghdr is a valid empty one.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = buffers.raw.as_mut_ptr();
+    message.msg_iovlen = buffers.raw.len();
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+    // SAFETY: as in `read_at`; the message names `buffers.raw`, which outlives the call, and
+    // nothing else.
+    done(unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) })
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;

@@ -91,31 +91,39 @@ pub enum StartError {
     },
 }
 
-/// A device that a driver has started: memory, queues and the ways to be called.
-///
-/// The transport owns it, so that reset, save and restore are its business alone.
-pub struct Active {
+/// What a driver's start gave the device: memory, features and the ways to be heard.
+pub struct Session {
     /// Guest memory.
     pub memory: GuestMemory,
-    /// The queues; `None` where the driver set none up.
-    pub queues: Vec<Option<Virtqueue>>,
     /// The negotiated features.
     pub features: u64,
     /// To the driver.
     pub interrupt: Arc<dyn VirtioInterrupt>,
     /// Where the device registers its own descriptors: [`VirtioDevice::event_ready`] hears of them.
     pub events: Registration,
-    /// The driver broke a queue: nothing is served until it resets the device.
-    pub(crate) broken: bool,
 }
 
-impl Active {
+impl Session {
     /// Whether all of `features` were negotiated.
     #[must_use]
     pub fn has(&self, features: u64) -> bool {
         self.features & features == features
     }
+}
 
+/// A device that a driver has started, and its queues.
+///
+/// The transport owns it, so that reset, save and restore are its business alone.
+pub struct Active {
+    /// The queues; `None` where the driver set none up.
+    pub queues: Vec<Option<Virtqueue>>,
+    /// Everything else.
+    pub session: Session,
+    /// The driver broke a queue: nothing is served until it resets the device.
+    pub(crate) broken: bool,
+}
+
+impl Active {
     /// Queue `index`, when the driver set it up and hasn't broken the device.
     pub fn queue(&mut self, index: u16) -> Option<&mut Virtqueue> {
         if self.broken {
@@ -124,43 +132,43 @@ impl Active {
         self.queues.get_mut(usize::from(index))?.as_mut()
     }
 
-    /// Queue `index` and the memory its chains lie in.
-    pub fn queue_and_memory(&mut self, index: u16) -> Option<(&mut Virtqueue, &GuestMemory)> {
+    /// Queue `index` and the session, both at once.
+    pub fn split(&mut self, index: u16) -> Option<(&mut Virtqueue, &Session)> {
         if self.broken {
             return None;
         }
         let queue = self.queues.get_mut(usize::from(index))?.as_mut()?;
-        Some((queue, &self.memory))
+        Some((queue, &self.session))
     }
 
     /// Shows the device the requests of queue `index`: see [`Virtqueue::serve`].
-    pub fn serve(&mut self, index: u16, mut device: impl FnMut(&GuestMemory, &Chain) -> Outcome) {
-        let Some((queue, memory)) = self.queue_and_memory(index) else {
+    pub fn serve(&mut self, index: u16, mut device: impl FnMut(&Session, &Chain) -> Outcome) {
+        let Some((queue, session)) = self.split(index) else {
             return;
         };
-        let result = queue.serve(memory, |chain| device(memory, chain));
+        let result = queue.serve(&session.memory, |chain| device(session, chain));
         self.check(index, result);
     }
 
     /// Takes the next request of queue `index`; `None` too when the driver broke it.
     pub fn pop(&mut self, index: u16) -> Option<Chain> {
-        let (queue, memory) = self.queue_and_memory(index)?;
-        let result = queue.pop(memory);
+        let (queue, session) = self.split(index)?;
+        let result = queue.pop(&session.memory);
         self.check(index, result).flatten()
     }
 
     /// Returns a request of queue `index` to the driver, without an interrupt yet.
     pub fn complete(&mut self, index: u16, head: u16, written: u32) {
-        if let Some((queue, memory)) = self.queue_and_memory(index) {
-            let result = queue.complete(memory, head, written);
+        if let Some((queue, session)) = self.split(index) {
+            let result = queue.complete(&session.memory, head, written);
             self.check(index, result);
         }
     }
 
     /// Interrupts the driver for what was completed on queue `index`.
     pub fn notify(&mut self, index: u16) {
-        if let Some((queue, memory)) = self.queue_and_memory(index) {
-            queue.notify(memory);
+        if let Some((queue, session)) = self.split(index) {
+            queue.notify(&session.memory);
         }
     }
 
@@ -179,8 +187,8 @@ impl Active {
         warn_limited!(queue, %error, "the driver broke a virtqueue: the device needs a reset");
         self.broken = true;
         // Nobody serves them any more: a descriptor that stays ready would keep the loop busy.
-        self.events.clear();
-        self.interrupt.needs_reset();
+        self.session.events.clear();
+        self.session.interrupt.needs_reset();
     }
 }
 

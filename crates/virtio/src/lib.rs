@@ -21,9 +21,10 @@ pub mod queue;
 pub mod rng;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+pub mod vsock;
 
 pub use chain::{Chain, ChainReader, ChainWriter};
-pub use device::{Active, DeviceKind, StartError, VirtioDevice};
+pub use device::{Active, DeviceKind, Session, StartError, VirtioDevice};
 pub use events::{EventHandler, EventLoop, Interest, Registration};
 pub use interrupt::VirtioInterrupt;
 pub use queue::{Outcome, QueueError, Virtqueue};

@@ -63,8 +63,8 @@ impl VirtioDevice for Rng {
     fn read_config(&self, _: u64, _: &mut [u8]) {}
 
     fn queue_ready(&mut self, active: &mut Active, index: u16) {
-        active.serve(index, |memory, chain| {
-            Outcome::Done(self.fill(memory, chain))
+        active.serve(index, |session, chain| {
+            Outcome::Done(self.fill(&session.memory, chain))
         });
     }
 

@@ -49,6 +49,7 @@ use crate::Active;
 use crate::EventHandler;
 use crate::EventLoop;
 use crate::Interest;
+use crate::Session;
 use crate::VirtioDevice;
 use crate::VirtioInterrupt;
 use crate::Virtqueue;
@@ -262,11 +263,13 @@ impl VirtioPci {
             queues.push(queue);
         }
         let mut active = Active {
-            memory: self.connections.memory.clone(),
             queues,
-            features: common.driver_features(),
-            interrupt: Arc::clone(&self.interrupt) as Arc<dyn VirtioInterrupt>,
-            events: events.with_first_token(DEVICE_TOKENS),
+            session: Session {
+                memory: self.connections.memory.clone(),
+                features: common.driver_features(),
+                interrupt: Arc::clone(&self.interrupt) as Arc<dyn VirtioInterrupt>,
+                events: events.with_first_token(DEVICE_TOKENS),
+            },
             broken: false,
         };
         slot.device.start(&mut active)?;

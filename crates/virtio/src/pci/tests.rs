@@ -56,9 +56,9 @@ impl VirtioDevice for Mirror {
         crate::device::read_config_bytes(&*self.config.lock().expect("test"), offset, data);
     }
     fn queue_ready(&mut self, active: &mut Active, index: u16) {
-        active.serve(index, |memory, chain| {
+        active.serve(index, |session, chain| {
             self.served += 1;
-            Outcome::Done(mirror(memory, chain))
+            Outcome::Done(mirror(&session.memory, chain))
         });
     }
     fn counters(&self) -> Vec<(&'static str, u64)> {
