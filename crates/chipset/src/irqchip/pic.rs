@@ -93,10 +93,9 @@ impl Chip {
         if self.elcr & bit != 0 {
             self.irr = self.irr & !bit | self.lines & bit;
         } else if rises {
+            // A real 8259A forgets an edge whose input falls before it is acknowledged. Here it is
+            // kept, so that a device may pulse its wire.
             self.irr |= bit;
-        } else if !high {
-            // An edge must stay high until it is acknowledged (datasheet, "IR Triggering").
-            self.irr &= !bit;
         }
     }
 
@@ -263,8 +262,13 @@ impl PicPair {
     }
 
     fn update_cascade(&mut self) {
-        let requests = self.chips[1].request().is_some();
-        self.chips[0].set_line(CASCADE, requests);
+        // The slave's output is a level: it takes its request back when it is masked or served.
+        let bit = 1 << CASCADE;
+        let [master, slave] = &mut self.chips;
+        master.irr &= !bit;
+        if slave.request().is_some() {
+            master.irr |= bit;
+        }
     }
 
     /// The level of the wire to the processor.
@@ -394,12 +398,22 @@ mod tests {
     #[test]
     fn a_request_that_goes_away_is_spurious() {
         let mut pair = initialized();
-        pair.set_line(4, true);
-        pair.set_line(4, false);
+        pair.set_elcr(0, 0x20);
+        pair.set_line(5, true);
+        pair.set_line(5, false);
         assert!(!pair.output());
         assert_eq!(pair.acknowledge(), 0x37);
         pair.write(0, 0, 0x0b);
         assert_eq!(pair.read(0, 0), 0, "nothing is in service");
+    }
+
+    #[test]
+    fn a_pulse_is_an_edge() {
+        let mut pair = initialized();
+        pair.set_line(4, true);
+        pair.set_line(4, false);
+        assert_eq!(pair.acknowledge(), 0x34);
+        assert!(!pair.output());
     }
 
     #[test]
