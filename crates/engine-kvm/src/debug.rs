@@ -5,6 +5,10 @@
 //! - A run that starts where the last one stopped first steps over that instruction, so that it
 //!   isn't stopped at the same breakpoint again. Interrupts wait during that step.
 //! - An ordinary run arms the breakpoints and nothing else.
+//!
+//! There are hosts (emulated ones) whose processors never raise a guest's breakpoints. There,
+//! found out by a throw-away guest, a run with breakpoints steps through everything: slow, and
+//! right.
 
 use kvm_bindings::KVM_GUESTDBG_BLOCKIRQ;
 use kvm_bindings::KVM_GUESTDBG_ENABLE;
@@ -30,6 +34,8 @@ enum Mode {
     Step,
     /// To get past a breakpoint.
     StepOver,
+    /// In place of [`Self::Breakpoints`] where these don't fire.
+    Watch,
 }
 
 /// A vCPU's debugger.
@@ -40,11 +46,20 @@ pub(crate) struct Debugger {
     /// Where the last stop was, as a linear address.
     stopped_at: Option<u64>,
     mode: Mode,
+    /// The processor's breakpoints don't fire here.
+    must_watch: bool,
 }
 
 impl Debugger {
     /// See [`ringfence_engine::Vcpu::set_debug`].
-    pub(crate) fn set(&mut self, step: bool, breakpoints: &[u64]) -> Result<(), EngineError> {
+    ///
+    /// `must_watch` says that the processor's breakpoints don't fire on this host.
+    pub(crate) fn set(
+        &mut self,
+        step: bool,
+        breakpoints: &[u64],
+        must_watch: bool,
+    ) -> Result<(), EngineError> {
         if breakpoints.len() > MAX_BREAKPOINTS {
             return Err(EngineError::Config(format!(
                 "the kvm engine has {MAX_BREAKPOINTS} breakpoints, the processor's own, not {}",
@@ -52,6 +67,7 @@ impl Debugger {
             )));
         }
         self.step = step;
+        self.must_watch = must_watch;
         self.breakpoints = breakpoints.to_vec();
         Ok(())
     }
@@ -65,6 +81,8 @@ impl Debugger {
     pub(crate) fn arm(&mut self, fd: &VcpuFd, pc: u64) -> Result<(), EngineError> {
         let mode = if self.step {
             Mode::Step
+        } else if self.must_watch && !self.breakpoints.is_empty() {
+            Mode::Watch
         } else if self.stopped_at == Some(pc) && self.breakpoints.contains(&pc) {
             Mode::StepOver
         } else if self.breakpoints.is_empty() {
@@ -87,6 +105,9 @@ impl Debugger {
             self.apply(fd, Mode::Breakpoints)?;
             return Ok(None);
         }
+        if self.mode == Mode::Watch && !at_breakpoint {
+            return Ok(None);
+        }
         self.stopped_at = Some(pc);
         Ok(Some(if at_breakpoint {
             DebugStop::Breakpoint(pc)
@@ -100,7 +121,7 @@ impl Debugger {
             control: match mode {
                 Mode::Off => 0,
                 Mode::Breakpoints => KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP,
-                Mode::Step => KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP,
+                Mode::Step | Mode::Watch => KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP,
                 Mode::StepOver => {
                     KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ
                 }

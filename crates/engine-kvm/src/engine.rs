@@ -10,6 +10,8 @@ use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::os::fd::IntoRawFd;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::OnceLock;
 
 use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::Cap;
@@ -24,6 +26,7 @@ use ringfence_x86::cpuid::CpuidTable;
 
 use crate::cpuid;
 use crate::kick;
+use crate::scratch;
 use crate::vm::KvmVm;
 use crate::xsave::XsaveLayout;
 
@@ -49,13 +52,19 @@ const REQUIRED: [(Cap, &str); 12] = [
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK on this host"),
 ];
 
+/// `/dev/kvm`, and what it answered.
+#[derive(Debug)]
+pub(crate) struct Host {
+    pub(crate) kvm: Kvm,
+    pub(crate) caps: EngineCaps,
+    pub(crate) cpuid: CpuidTable,
+    pub(crate) xsave: XsaveLayout,
+}
+
 /// The `kvm` engine.
 #[derive(Debug)]
 pub struct KvmEngine {
-    kvm: Kvm,
-    caps: EngineCaps,
-    cpuid: CpuidTable,
-    xsave: XsaveLayout,
+    host: Arc<Host>,
 }
 
 impl KvmEngine {
@@ -104,12 +113,30 @@ impl KvmEngine {
             dirty_log: true,
             debug: kvm.check_extension(Cap::SetGuestDebug),
         };
-        Ok(Self {
+        let host = Host {
             kvm,
             caps,
             xsave: XsaveLayout::new(&raw),
             cpuid: cpuid::filter(&raw),
+        };
+        Ok(Self {
+            host: Arc::new(host),
         })
+    }
+}
+
+impl KvmEngine {
+    pub(crate) fn host(&self) -> &Arc<Host> {
+        &self.host
+    }
+}
+
+impl Host {
+    /// Whether the processor raises breakpoints in guests here, tried once a process.
+    pub(crate) fn breakpoints_fire(self: &Arc<Self>) -> bool {
+        static FIRE: OnceLock<bool> = OnceLock::new();
+        // A host where even the trial fails is none to rely on.
+        *FIRE.get_or_init(|| scratch::breakpoint_fires(self).unwrap_or(false))
     }
 }
 
@@ -119,22 +146,14 @@ impl Engine for KvmEngine {
     }
 
     fn caps(&self) -> &EngineCaps {
-        &self.caps
+        &self.host.caps
     }
 
     fn supported_cpuid(&self) -> Result<CpuidTable, EngineError> {
-        Ok(self.cpuid.clone())
+        Ok(self.host.cpuid.clone())
     }
 
     fn create_vm(&self, setup: VmSetup) -> Result<Box<dyn Vm>, EngineError> {
-        if setup.vcpus == 0 || setup.vcpus > self.caps.max_vcpus {
-            return Err(EngineError::Config(format!(
-                "a machine of the kvm engine has 1 to {} vCPUs here, not {}",
-                self.caps.max_vcpus, setup.vcpus
-            )));
-        }
-        Ok(Box::new(KvmVm::new(
-            &self.kvm, &self.caps, self.xsave, setup,
-        )?))
+        Ok(Box::new(KvmVm::new(&self.host, setup)?))
     }
 }

@@ -9,7 +9,8 @@
 //! measures whether a `/dev/kvm` that exists runs code at a useful speed.
 //!
 //! Known limits, all KVM's own: a guest that looks at its trap flag sees the debugger's single
-//! step, and while the debugger is on, the guest's own debug exceptions reach it and not the guest.
+//! step, a step over an instruction that loads the flags (POPF, IRET, SYSRET) may run on, and while
+//! the debugger is on, the guest's own debug exceptions reach it and not the guest.
 
 mod chips;
 mod cpuid;
@@ -22,6 +23,7 @@ mod kick;
 mod msrs;
 mod probe;
 mod run_page;
+mod scratch;
 mod segments;
 mod state;
 mod vcpu;

@@ -36,7 +36,6 @@ fn saved() -> impl Iterator<Item = u32> {
     .chain(MTRR_FIXED)
     .chain([
         msr::IA32_MTRR_DEF_TYPE,
-        msr::IA32_XSS,
         msr::KVM_WALL_CLOCK_NEW,
         msr::KVM_SYSTEM_TIME_NEW,
         msr::KVM_STEAL_TIME,

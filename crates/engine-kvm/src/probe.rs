@@ -9,27 +9,15 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
-use ringfence_bus::MmioBus;
-use ringfence_bus::PioBus;
-use ringfence_engine::Engine;
 use ringfence_engine::EngineError;
-use ringfence_engine::Interrupts;
-use ringfence_engine::Unclaimed;
 use ringfence_engine::Vcpu;
 use ringfence_engine::VcpuExit;
-use ringfence_engine::VmSetup;
-use ringfence_memory::Bytes;
-use ringfence_memory::GuestAddress;
-use ringfence_memory::GuestRam;
-use ringfence_memory::HugePages;
-use ringfence_x86::paging;
-use ringfence_x86::state::CS;
 use ringfence_x86::state::RCX;
-use ringfence_x86::state::Segment;
-use ringfence_x86::state::VcpuState;
 
 use crate::KvmEngine;
 use crate::engine::DEVICE;
+use crate::engine::Host;
+use crate::scratch;
 
 /// Below this many million instructions a second a stock kernel takes minutes to boot, and the
 /// host doesn't use its processor's virtualization. Emulating modules reach about 2; a guest in
@@ -128,7 +116,7 @@ fn unopened(error: io::Error) -> KvmVerdict {
 }
 
 fn measure(device: File) -> (KvmVerdict, Option<f64>) {
-    let speed = KvmEngine::from_fd(device.into()).and_then(|engine| guest_mips(&engine));
+    let speed = KvmEngine::from_fd(device.into()).and_then(|engine| guest_mips(engine.host()));
     match speed {
         Ok(mips) if mips >= USEFUL_MIPS => (KvmVerdict::Usable, Some(mips)),
         Ok(mips) => (KvmVerdict::Emulating, Some(mips)),
@@ -137,14 +125,14 @@ fn measure(device: File) -> (KvmVerdict, Option<f64>) {
 }
 
 /// Runs longer and longer loops until one takes long enough to be timed.
-fn guest_mips(engine: &dyn Engine) -> Result<f64, EngineError> {
+fn guest_mips(host: &Arc<Host>) -> Result<f64, EngineError> {
     const ENOUGH: Duration = Duration::from_millis(8);
     const FIRST_TURNS: u64 = 1000;
     const MAX_TURNS: u64 = 1 << 26;
-    /// LOOP's body: DEC and JNZ.
     const INSTRUCTIONS_A_TURN: f64 = 2.0;
-    let mut vcpu = loop_guest(engine)?;
-    let mut state = loop_state(vcpu.as_ref())?;
+    const DEC_RCX_JNZ_HLT: [u8; 6] = [0x48, 0xff, 0xc9, 0x75, 0xfb, 0xf4];
+    let mut vcpu = scratch::guest(host, &DEC_RCX_JNZ_HLT)?;
+    let mut state = scratch::state(&vcpu)?;
     let mut turns = FIRST_TURNS;
     loop {
         state.regs.gpr[RCX] = turns;
@@ -163,59 +151,6 @@ fn guest_mips(engine: &dyn Engine) -> Result<f64, EngineError> {
         }
         turns *= 4;
     }
-}
-
-const CODE: u64 = 0x1000;
-const PML4: u64 = 0x2000;
-const PDPT: u64 = 0x3000;
-const PD: u64 = 0x4000;
-
-/// A 64-bit guest, since that is what kernels are; real mode may be slow on a good host.
-fn loop_guest(engine: &dyn Engine) -> Result<Box<dyn Vcpu>, EngineError> {
-    const DEC_RCX_JNZ_HLT: [u8; 6] = [0x48, 0xff, 0xc9, 0x75, 0xfb, 0xf4];
-    let internal = |what: &str| EngineError::Internal(format!("the test guest has no {what}"));
-    let ram =
-        GuestRam::new(64 << 10, HugePages::Off).map_err(|error| internal(&error.to_string()))?;
-    let table = paging::PTE_P | paging::PTE_W;
-    let memory = ram.memory();
-    memory
-        .write_slice(&DEC_RCX_JNZ_HLT, GuestAddress(CODE))
-        .and_then(|()| memory.write_obj(PDPT | table, GuestAddress(PML4)))
-        .and_then(|()| memory.write_obj(PD | table, GuestAddress(PDPT)))
-        .and_then(|()| memory.write_obj(table | paging::PTE_PS, GuestAddress(PD)))
-        .map_err(|error| internal(&error.to_string()))?;
-    let vm = engine.create_vm(VmSetup {
-        ram,
-        pio: Arc::new(PioBus::default()),
-        mmio: Arc::new(MmioBus::default()),
-        vcpus: 1,
-        interrupts: Interrupts::None,
-        unclaimed: Unclaimed::Exit,
-    })?;
-    vm.create_vcpu(0, engine.supported_cpuid()?)
-}
-
-fn loop_state(vcpu: &dyn Vcpu) -> Result<VcpuState, EngineError> {
-    const CODE64: u32 = 0xa09b;
-    const DATA: u32 = 0xc093;
-    let mut state = vcpu.state()?;
-    state.msrs.clear();
-    state.xsave.clear();
-    let flat = |selector, access| Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        access,
-    };
-    state.sregs.segments = [flat(0x10, DATA); 6];
-    state.sregs.segments[CS] = flat(8, CODE64);
-    state.sregs.cr0 = paging::CR0_PE | paging::CR0_ET | paging::CR0_NE | paging::CR0_PG;
-    state.sregs.cr3 = PML4;
-    state.sregs.cr4 = paging::CR4_PAE;
-    state.sregs.efer = paging::EFER_LME | paging::EFER_LMA;
-    state.regs.rip = CODE;
-    state.regs.rflags = 2;
-    Ok(state)
 }
 
 #[cfg(test)]

@@ -27,7 +27,6 @@ use kvm_bindings::KVM_EXIT_SET_TPR;
 use kvm_bindings::KVM_EXIT_SHUTDOWN;
 use kvm_ioctls::VcpuFd;
 use kvm_ioctls::VmFd;
-use ringfence_engine::EngineCaps;
 use ringfence_engine::EngineError;
 use ringfence_engine::Vcpu;
 use ringfence_engine::VcpuExit;
@@ -53,7 +52,6 @@ pub(crate) struct KvmVcpu {
     shared: Arc<Shared>,
     kick: Arc<Kick>,
     index: u32,
-    can_debug: bool,
     debugger: Debugger,
     access: Option<PendingAccess>,
     /// The page holds an exit that came while an instruction was being completed.
@@ -71,7 +69,6 @@ impl KvmVcpu {
         vm: &VmFd,
         index: u32,
         cpuid: &CpuidTable,
-        caps: &EngineCaps,
         shared: &Arc<Shared>,
     ) -> Result<Self, EngineError> {
         let mut fd = vm
@@ -89,7 +86,6 @@ impl KvmVcpu {
             shared: Arc::clone(shared),
             kick: Arc::default(),
             index,
-            can_debug: caps.debug,
             debugger: Debugger::default(),
             access: None,
             unserved: false,
@@ -238,6 +234,11 @@ impl KvmVcpu {
         Ok(())
     }
 
+    /// Arms processor breakpoints whether or not they fire here: to find out.
+    pub(crate) fn try_breakpoint(&mut self, address: u64) -> Result<(), EngineError> {
+        self.debugger.set(false, &[address], false)
+    }
+
     fn waits(&self) -> bool {
         self.access.as_ref().is_some_and(|access| access.waits)
     }
@@ -269,13 +270,18 @@ impl Vcpu for KvmVcpu {
     }
 
     fn state(&self) -> Result<VcpuState, EngineError> {
-        state::save(&self.fd, self.shared.xsave, self.shared.has_chips)
+        state::save(&self.fd, self.shared.host.xsave, self.shared.has_chips)
     }
 
     fn set_state(&mut self, state: &VcpuState) -> Result<(), EngineError> {
         self.give_up()?;
         self.page.set_cr8(state.sregs.cr8);
-        state::load(&self.fd, state, self.shared.xsave, self.shared.has_chips)
+        state::load(
+            &self.fd,
+            state,
+            self.shared.host.xsave,
+            self.shared.has_chips,
+        )
     }
 
     fn waker(&self) -> Arc<dyn VcpuWaker> {
@@ -283,10 +289,11 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_debug(&mut self, single_step: bool, breakpoints: &[u64]) -> Result<(), EngineError> {
-        if !self.can_debug {
+        if !self.shared.host.caps.debug {
             return Err(EngineError::unsupported("single step and breakpoints"));
         }
-        self.debugger.set(single_step, breakpoints)
+        let must_watch = !breakpoints.is_empty() && !self.shared.host.breakpoints_fire();
+        self.debugger.set(single_step, breakpoints, must_watch)
     }
 
     fn translate(&self, address: u64) -> Result<Option<u64>, EngineError> {

@@ -24,7 +24,6 @@ use ringfence_bus::MmioBus;
 use ringfence_bus::MsiMessage;
 use ringfence_bus::PioBus;
 use ringfence_engine::Doorbell;
-use ringfence_engine::EngineCaps;
 use ringfence_engine::EngineError;
 use ringfence_engine::Interrupts;
 use ringfence_engine::Unclaimed;
@@ -39,8 +38,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::chips::KvmChips;
 use crate::dirty::DirtyLog;
 use crate::doorbell;
+use crate::engine::Host;
 use crate::vcpu::KvmVcpu;
-use crate::xsave::XsaveLayout;
 
 /// Where Intel processors without unrestricted guests keep what they need for real mode: four
 /// pages just below the firmware's place, never RAM (§4.28, §4.32).
@@ -69,7 +68,7 @@ pub(crate) struct Shared {
     pub(crate) counts: Arc<Counts>,
     /// Whether the machine has interrupt chips.
     pub(crate) has_chips: bool,
-    pub(crate) xsave: XsaveLayout,
+    pub(crate) host: Arc<Host>,
 }
 
 /// One machine of the `kvm` engine.
@@ -78,19 +77,20 @@ pub(crate) struct KvmVm {
     vm: Arc<VmFd>,
     chips: Option<Arc<KvmChips>>,
     shared: Arc<Shared>,
-    caps: EngineCaps,
     vcpus: u32,
     made: Mutex<BTreeSet<u32>>,
     dirty: Mutex<Option<DirtyLog>>,
 }
 
 impl KvmVm {
-    pub(crate) fn new(
-        kvm: &Kvm,
-        caps: &EngineCaps,
-        xsave: XsaveLayout,
-        setup: VmSetup,
-    ) -> Result<Self, EngineError> {
+    pub(crate) fn new(host: &Arc<Host>, setup: VmSetup) -> Result<Self, EngineError> {
+        let max_vcpus = host.caps.max_vcpus;
+        if setup.vcpus == 0 || setup.vcpus > max_vcpus {
+            return Err(EngineError::Config(format!(
+                "a machine of the kvm engine has 1 to {max_vcpus} vCPUs here, not {}",
+                setup.vcpus
+            )));
+        }
         let has_chips = match setup.interrupts {
             Interrupts::None => false,
             Interrupts::Engine => true,
@@ -100,7 +100,7 @@ impl KvmVm {
                 ));
             }
         };
-        let vm = Arc::new(create(kvm)?);
+        let vm = Arc::new(create(&host.kvm)?);
         vm.set_identity_map_address(IDENTITY_MAP)
             .and_then(|()| vm.set_tss_address(TSS))
             .map_err(|errno| EngineError::host("reserve KVM's own guest pages")(errno.into()))?;
@@ -121,9 +121,8 @@ impl KvmVm {
                 unclaimed: setup.unclaimed,
                 counts,
                 has_chips,
-                xsave,
+                host: Arc::clone(host),
             }),
-            caps: caps.clone(),
             vcpus: setup.vcpus,
             made: Mutex::default(),
             dirty: Mutex::default(),
@@ -155,6 +154,25 @@ impl KvmVm {
         Ok(())
     }
 
+    /// See [`Vm::create_vcpu`].
+    pub(crate) fn make_vcpu(&self, index: u32, cpuid: &CpuidTable) -> Result<KvmVcpu, EngineError> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if index >= self.vcpus {
+            return Err(EngineError::Config(format!(
+                "there is no vCPU {index} in a machine of {}",
+                self.vcpus
+            )));
+        }
+        if made.contains(&index) {
+            return Err(EngineError::Config(format!(
+                "vCPU {index} was made already"
+            )));
+        }
+        let vcpu = KvmVcpu::new(&self.vm, index, cpuid, &self.shared)?;
+        made.insert(index);
+        Ok(vcpu)
+    }
+
     fn dirty(&self) -> MutexGuard<'_, Option<DirtyLog>> {
         self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -181,21 +199,7 @@ fn create(kvm: &Kvm) -> Result<VmFd, EngineError> {
 
 impl Vm for KvmVm {
     fn create_vcpu(&self, index: u32, cpuid: CpuidTable) -> Result<Box<dyn Vcpu>, EngineError> {
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        if index >= self.vcpus {
-            return Err(EngineError::Config(format!(
-                "there is no vCPU {index} in a machine of {}",
-                self.vcpus
-            )));
-        }
-        if made.contains(&index) {
-            return Err(EngineError::Config(format!(
-                "vCPU {index} was made already"
-            )));
-        }
-        let vcpu = KvmVcpu::new(&self.vm, index, &cpuid, &self.caps, &self.shared)?;
-        made.insert(index);
-        Ok(Box::new(vcpu))
+        Ok(Box::new(self.make_vcpu(index, &cpuid)?))
     }
 
     fn interrupts(&self) -> Option<Arc<dyn InterruptController>> {
@@ -216,7 +220,7 @@ impl Vm for KvmVm {
         event: &EventFd,
         message: Option<MsiMessage>,
     ) -> Result<(), EngineError> {
-        if !self.caps.irq_events {
+        if !self.shared.host.caps.irq_events {
             return Err(EngineError::unsupported("interrupt events"));
         }
         self.chips

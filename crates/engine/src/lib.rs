@@ -250,7 +250,8 @@ pub trait Vcpu: Send {
     /// breakpoints than the engine has.
     fn set_debug(&mut self, single_step: bool, breakpoints: &[u64]) -> Result<(), EngineError>;
 
-    /// Translates a guest virtual address as the vCPU would now, without side effects.
+    /// Translates a guest virtual address as the vCPU would now, permissions aside. Accessed bits
+    /// may be set, as a processor's own speculation may at any time; nothing else changes.
     ///
     /// # Errors
     /// [`ErrorKind::Host`] when the host refuses.

@@ -1,0 +1,5 @@
+//! The conformance suite on this host's `/dev/kvm`.
+
+use ringfence_engine_kvm::KvmEngine;
+
+ringfence_conformance::suite!(KvmEngine::open().expect("a usable /dev/kvm"), None);

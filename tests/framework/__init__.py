@@ -1,0 +1,1 @@
+"""What the tests stand on: hosts to run in, fakes and artifacts."""
