@@ -79,7 +79,7 @@ fn done(result: libc::ssize_t) -> io::Result<usize> {
 }
 
 fn file_offset(offset: u64) -> io::Result<libc::off_t> {
-    libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
+    libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
 /// Reads from `file` at `offset` into `slices`; returns the number of bytes, 0 at the end.

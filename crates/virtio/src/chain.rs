@@ -10,8 +10,10 @@ use ringfence_memory::GuestMemory;
 use ringfence_memory::GuestMemoryBackend;
 use ringfence_memory::vectored::GuestSlice;
 use smallvec::SmallVec;
-use vm_memory::ByteValued;
 use vm_memory::Bytes;
+use zerocopy::FromBytes;
+use zerocopy::Immutable;
+use zerocopy::IntoBytes;
 
 /// Most buffers in a chain. The standard allows a chain as long as the queue (virtio 1.2
 /// §2.7.5.3.1); this bounds what one request costs the host whatever an indirect table says.
@@ -166,9 +168,9 @@ impl<'a> ChainReader<'a> {
     ///
     /// # Errors
     /// `UnexpectedEof` when fewer bytes are left.
-    pub fn read_value<T: ByteValued + Default>(&mut self) -> io::Result<T> {
-        let mut value = T::default();
-        self.read_exact(value.as_mut_slice())?;
+    pub fn read_value<T: FromBytes + IntoBytes>(&mut self) -> io::Result<T> {
+        let mut value = T::new_zeroed();
+        self.read_exact(value.as_mut_bytes())?;
         Ok(value)
     }
 
@@ -243,8 +245,8 @@ impl<'a> ChainWriter<'a> {
     ///
     /// # Errors
     /// `UnexpectedEof` when it doesn't fit; nothing is written then.
-    pub fn write_value<T: ByteValued>(&mut self, value: &T) -> io::Result<()> {
-        self.write_all(value.as_slice())
+    pub fn write_value<T: IntoBytes + Immutable>(&mut self, value: &T) -> io::Result<()> {
+        self.write_all(value.as_bytes())
     }
 
     /// Writes `data`.

@@ -15,6 +15,7 @@
 pub mod chain;
 pub mod device;
 pub mod events;
+pub mod fs;
 pub mod interrupt;
 pub mod pci;
 pub mod queue;
