@@ -3,8 +3,9 @@
 //! For engines that bring none of their own. [`Irqchip`] is the machine's
 //! [`InterruptController`]; [`Irqchip::local_apic`] is what a vCPU's engine drives.
 //!
-//! Input `n` is input `n` of the I/O APIC and, below 16, of the PICs too: no overrides, so ISA
-//! interrupts have their own numbers.
+//! Input `n` is input `n` of the I/O APIC and, below 16, of the PICs too, but for the interval
+//! timer: as on a PC, its input 0 goes to the I/O APIC's input 2, which has no wire of its own (the
+//! MADT says so, and KVM's chips are wired alike).
 
 mod apic;
 mod apic_timer;
@@ -51,6 +52,10 @@ pub use ioapic::{IOAPIC_LEN, IOAPIC_PINS, IOAPIC_START, IoApicState};
 pub use pic::{PIC_ELCR_PORT, PIC_MASTER_PORT, PIC_SLAVE_PORT, PicState};
 pub use ports::{ElcrPorts, IoApicWindow, PicPorts};
 pub use state::IrqchipState;
+
+/// The interval timer's input, and where it goes on the I/O APIC.
+const TIMER_INPUT: Gsi = Gsi(0);
+const TIMER_PIN: u32 = 2;
 
 /// The interrupt chips of one machine.
 ///
@@ -191,8 +196,13 @@ impl InterruptController for Irqchip {
         if gsi.0 < PIC_INPUTS {
             self.with_pic(|pic| pic.set_line(gsi.0, high));
         }
+        let pin = match gsi {
+            TIMER_INPUT => TIMER_PIN,
+            Gsi(TIMER_PIN) => return,
+            Gsi(pin) => pin,
+        };
         let mut ioapic = self.ioapic();
-        if let Some(message) = ioapic.set_line(gsi.0, high) {
+        if let Some(message) = ioapic.set_line(pin, high) {
             self.send(message, None);
         }
     }

@@ -10,7 +10,10 @@ use std::io::Write;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
+use std::sync::OnceLock;
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
 
 use ringfence_bus::IrqLine;
 use ringfence_bus::PioDevice;
@@ -20,7 +23,7 @@ use serde::Deserialize;
 use serde::Serialize;
 use vm_superio::Serial;
 use vm_superio::Trigger;
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::SerialEvents;
 use vm_superio::serial::SerialState;
 
 pub use output::{OutputLimits, SerialOutput};
@@ -76,13 +79,29 @@ impl Write for Line {
     }
 }
 
-type Model = Serial<Wire, NoEvents, Line>;
+/// Notes that the guest has read all input: whoever is told may want the model's lock.
+#[derive(Clone, Default)]
+struct Drained(Arc<AtomicBool>);
+
+impl SerialEvents for Drained {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+type Model = Serial<Wire, Drained, Line>;
+type Callback = Box<dyn Fn() + Send + Sync>;
 
 /// The port. Placed at [`SERIAL_PORT`].
 pub struct SerialPort {
     model: Mutex<Model>,
     irq: IrqLine,
     output: Option<Arc<SerialOutput>>,
+    drained: Drained,
+    on_drained: OnceLock<Callback>,
 }
 
 impl std::fmt::Debug for SerialPort {
@@ -95,12 +114,22 @@ impl SerialPort {
     /// A port that interrupts by `irq` and sends to `output`.
     #[must_use]
     pub fn new(irq: IrqLine, output: Option<Arc<SerialOutput>>) -> Self {
-        let model = Serial::new(Wire(irq.clone()), Line(output.clone()));
+        let drained = Drained::default();
+        let (wire, line) = (Wire(irq.clone()), Line(output.clone()));
         Self {
-            model: Mutex::new(model),
+            model: Mutex::new(Serial::with_events(wire, drained.clone(), line)),
             irq,
             output,
+            drained,
+            on_drained: OnceLock::new(),
         }
+    }
+
+    /// Names who is told, by the vCPU that read it, that the guest has read all its input. Only
+    /// the first call has an effect.
+    pub fn on_drained(&self, callback: Callback) {
+        // One source of input a port.
+        let _ = self.on_drained.set(callback);
     }
 
     fn model(&self) -> MutexGuard<'_, Model> {
@@ -125,6 +154,11 @@ impl PioDevice for SerialPort {
         data.fill(0xff);
         if let ([byte], Ok(offset)) = (data, u8::try_from(offset)) {
             *byte = self.model().read(offset);
+        }
+        if self.drained.0.swap(false, Ordering::Relaxed)
+            && let Some(callback) = self.on_drained.get()
+        {
+            callback();
         }
     }
 
@@ -178,12 +212,13 @@ impl Persist for SerialPort {
             in_buffer: state.received,
         };
         let (wire, line) = (Wire(self.irq.clone()), Line(self.output.clone()));
-        let model = Serial::from_state(&saved, wire, NoEvents, line).map_err(|error| {
-            RestoreError::Mismatch {
-                what: Self::NAME,
-                why: format!("{error:?}"),
-            }
-        })?;
+        let model =
+            Serial::from_state(&saved, wire, self.drained.clone(), line).map_err(|error| {
+                RestoreError::Mismatch {
+                    what: Self::NAME,
+                    why: format!("{error:?}"),
+                }
+            })?;
         *self.model() = model;
         Ok(())
     }
@@ -267,6 +302,17 @@ mod tests {
         let taken = port.receive(&[0; 1000]) + port.receive(&[0; 1000]);
         assert_eq!(taken, 64);
         assert_eq!(port.receive_capacity(), 0);
+    }
+
+    #[test]
+    fn whoever_feeds_the_port_hears_when_it_is_empty() {
+        let (port, _) = port(None);
+        let port = Arc::new(port);
+        let fed = Arc::clone(&port);
+        port.on_drained(Box::new(move || assert_eq!(fed.receive(b"z"), 1)));
+        port.receive(b"xy");
+        let bytes: Vec<u8> = (0..4).map(|_| read(&port, DATA)).collect();
+        assert_eq!(bytes, b"xyzz");
     }
 
     #[test]

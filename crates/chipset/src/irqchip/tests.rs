@@ -431,6 +431,18 @@ fn isa_interrupts_reach_the_ioapic_and_the_pic() {
 }
 
 #[test]
+fn the_timer_goes_to_input_2_of_the_ioapic() {
+    let bench = Bench::new(1);
+    let window = IoApicWindow::new(bench.chip.clone());
+    window.write(0, &[0x10 + 2 * 2]);
+    window.write(0x10, &0x42_u32.to_le_bytes());
+    bench.chip.set_line(Gsi(2), true);
+    assert_eq!(bench.vectors(), [None]);
+    bench.chip.set_line(Gsi(0), true);
+    assert_eq!(bench.vectors(), [Some(0x42)]);
+}
+
+#[test]
 fn the_pic_interrupts_by_lint0_until_it_is_masked() {
     let bench = Bench::new(2);
     let cpu = &*bench.cpus[0];
