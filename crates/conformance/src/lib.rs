@@ -5,7 +5,7 @@
 //! crate makes each a test of its own:
 //!
 //! ```ignore
-//! ringfence_conformance::suite!(|| MyEngine::new(), None);
+//! ringfence_conformance::suite!(MyEngine::new(), None, &[]);
 //! ```
 //!
 //! Bodies in [`bodies`] that need no interrupts run in bare machines. Those that do take the
@@ -21,6 +21,7 @@
 pub mod asm;
 mod bench;
 pub mod bodies;
+mod deviation;
 pub mod devices;
 mod dump;
 pub mod fault;
@@ -34,6 +35,7 @@ mod tables;
 mod watchdog;
 
 pub use bench::{Bench, BoardChips, Chips};
+pub use deviation::{Deviation, run};
 pub use guest::{Feature, Guest, Setup};
 
 /// The low and high halves of a quadword.

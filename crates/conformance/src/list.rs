@@ -1,16 +1,18 @@
 //! The list of bodies, as tests of an engine's crate.
 
 /// Makes each body a test. `$engine` makes the engine; `$board` is an
-/// `Option<&'static dyn BoardChips>`.
+/// `Option<&'static dyn BoardChips>`; `$deviations` is a `&[Deviation]`, empty unless the host's
+/// processor itself is known to be wrong.
 #[macro_export]
 macro_rules! suite {
-    ($engine:expr, $board:expr $(,)?) => {
-        fn on_bench(body: fn(&$crate::Bench<'_>)) {
+    ($engine:expr, $board:expr, $deviations:expr $(,)?) => {
+        fn on_bench(name: &str, body: fn(&$crate::Bench<'_>)) {
             let engine = $engine;
-            body(&$crate::Bench {
+            let bench = $crate::Bench {
                 engine: &engine,
                 board: $board,
-            });
+            };
+            $crate::run(name, body, &bench, $deviations);
         }
 
         $crate::tests_of! {
@@ -25,6 +27,31 @@ macro_rules! suite {
                 a_step_onto_a_breakpoint_says_so
                 a_breakpoint_in_user_code_stops_there
                 the_guests_own_int3_is_its_own
+            }
+            exceptions {
+                division_faults_are_de
+                undefined_opcodes_are_ud
+                int3_is_a_trap
+                software_interrupts_check_the_gates_privilege
+                gates_clear_or_keep_if
+                vectors_past_the_idt_limit_are_gp
+                absent_gates_are_np
+                bad_gates_fault_with_what_is_bad
+                the_frame_is_whole_and_aligned
+                a_fault_in_user_mode_changes_stacks
+                an_ist_gate_changes_the_stack_always
+                a_fault_on_a_bad_stack_is_a_double_fault
+                two_contributory_faults_are_a_double_fault
+                alignment_checks_are_for_user_code
+                task_switched_makes_vector_code_nm
+                emulation_bit_makes_vector_code_fault
+                x87_errors_come_at_the_next_x87_instruction
+                x87_errors_come_at_wait
+                sse_errors_are_xm
+                the_trap_flag_traps_behind_each_instruction
+                int1_is_db
+                non_canonical_addresses_are_gp_or_ss
+                jumps_to_non_canonical_addresses_are_gp
             }
             io {
                 port_reads_have_each_width
@@ -61,6 +88,36 @@ macro_rules! suite {
                 ram_continues_above_the_hole
                 string_instructions_move_and_compare
                 locked_operations_work
+            }
+            paging_bits {
+                absent_pages_fault_with_the_access
+                read_only_pages_stop_writes
+                supervisor_pages_stop_user_code
+                nx_stops_fetches_at_every_level
+                rights_are_the_and_of_all_levels
+                reserved_bits_fault
+                nx_without_nxe_is_reserved
+                reads_set_accessed_at_every_level
+                writes_set_dirty_after_a_read_too
+                cleared_bits_are_set_again_after_a_flush
+                a_faulting_write_leaves_d_clear
+                large_pages_have_their_own_bits
+                gigabyte_pages_map_a_gigabyte
+                a_fault_on_the_second_page_names_it
+                a_string_move_faults_with_its_progress
+                a_fetch_across_pages_faults_on_the_second
+            }
+            paging_modes {
+                more_rights_need_no_flush
+                invlpg_makes_a_new_mapping_seen
+                invlpg_drops_a_whole_large_page
+                cr3_flushes_and_global_pages_stay
+                another_cr3_shows_other_pages
+                tagged_address_spaces_keep_apart
+                pcide_needs_tag_zero
+                invpcid_makes_new_mappings_seen
+                smep_stops_supervisor_fetches_of_user_pages
+                smap_stops_supervisor_accesses_to_user_pages
             }
             registers {
                 a_new_processor_is_in_reset_state
@@ -104,7 +161,10 @@ macro_rules! tests_of {
                 $(
                     #[test]
                     fn $body() {
-                        super::on_bench($crate::bodies::$subject::$body);
+                        super::on_bench(
+                            concat!(stringify!($subject), "::", stringify!($body)),
+                            $crate::bodies::$subject::$body,
+                        );
                     }
                 )*
             }
