@@ -44,9 +44,10 @@ const RESET_CPU: u8 = 1 << 2;
 /// Frequency of the timer.
 const PM_TIMER_HZ: u64 = 3_579_545;
 
-/// PM1 status and enable: power button; global lock and timer are kept but never set.
+/// PM1 status and enable: the power button. The others (clock, sleep button, global lock, timer)
+/// can be enabled, as drivers check, and never happen.
 const POWER_BUTTON: u16 = 1 << 8;
-const ENABLE_WRITABLE: u16 = POWER_BUTTON | 1 << 5 | 1;
+const ENABLE_WRITABLE: u16 = 1 << 10 | 1 << 9 | POWER_BUTTON | 1 << 5 | 1;
 /// PM1 control: SCI on, sleep type and sleep enable.
 const CONTROL_SCI: u16 = 1 << 0;
 const CONTROL_SLEEP_ENABLE: u16 = 1 << 13;
