@@ -12,13 +12,16 @@
 
 #![forbid(unsafe_code)]
 
+pub mod block;
 pub mod chain;
+pub mod console;
 pub mod device;
 pub mod events;
 pub mod fs;
 pub mod interrupt;
 pub mod pci;
 pub mod queue;
+pub mod rate;
 pub mod rng;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;

@@ -88,6 +88,7 @@ pub struct TestDriver {
     /// The rings, one a queue, once set up.
     pub rings: Vec<DriverRing>,
     next_buffer: u64,
+    last_writable: GuestAddress,
 }
 
 impl TestDriver {
@@ -115,6 +116,7 @@ impl TestDriver {
             events,
             rings: Vec::new(),
             next_buffer: BUFFERS,
+            last_writable: GuestAddress(BUFFERS),
         }
     }
 
@@ -257,6 +259,12 @@ impl TestDriver {
         GuestAddress(at)
     }
 
+    /// Where the last writable buffer lies that [`Self::add`] made.
+    #[must_use]
+    pub fn last_writable(&self) -> GuestAddress {
+        self.last_writable
+    }
+
     /// Makes a request available: what the device reads, then room for what it writes. Returns
     /// its head.
     ///
@@ -275,6 +283,7 @@ impl TestDriver {
                 .write_slice(&vec![0; len], at)
                 .expect("test RAM");
             segments.push(Segment::write(at.0, len));
+            self.last_writable = at;
         }
         self.add_segments(queue, &segments)
     }
