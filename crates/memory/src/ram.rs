@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
@@ -160,6 +161,38 @@ impl GuestRam {
         &self.layout
     }
 
+    /// Gives the host pages of a range back; the guest finds zeros there. Only whole pages inside
+    /// the range and inside RAM are given back.
+    ///
+    /// # Errors
+    /// What the host says; a range that isn't RAM is nobody's and gives nothing back.
+    pub fn discard(&self, start: GuestAddress, len_bytes: u64) -> io::Result<()> {
+        let page = crate::PAGE_SIZE;
+        let Some(end) = start.0.checked_add(len_bytes) else {
+            return Ok(());
+        };
+        for range in self.layout.ranges() {
+            let range_end = range.start.0 + range.len_bytes;
+            let first = start.0.max(range.start.0).next_multiple_of(page);
+            let last = end.min(range_end) / page * page;
+            if first < last {
+                let offset = range.file_offset + (first - range.start.0);
+                punch_hole(&self.file, offset, last - first)?;
+                self.mark_written(GuestAddress(first), last - first);
+            }
+        }
+        Ok(())
+    }
+
+    /// The pages' content changed without a write: whoever follows writes hears of it.
+    fn mark_written(&self, start: GuestAddress, len_bytes: u64) {
+        if let (Some((tracker, offset)), Ok(len)) =
+            (self.tracker(start), usize::try_from(len_bytes))
+        {
+            vm_memory::bitmap::Bitmap::mark_dirty(tracker, offset, len);
+        }
+    }
+
     /// Total bytes of RAM.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
@@ -207,6 +240,22 @@ fn memory_file(len_bytes: u64, huge_pages: HugePages) -> Result<File, MemoryErro
     Ok(file)
 }
 
+fn punch_hole(file: &File, offset: u64, len_bytes: u64) -> io::Result<()> {
+    let number = |value: u64| {
+        libc::off_t::try_from(value).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+    };
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: the descriptor is open and the call takes no pointers. The mapping stays valid: its
+    // pages are only replaced by zero pages, which the guest asked for.
+    let result =
+        unsafe { libc::fallocate(file.as_raw_fd(), mode, number(offset)?, number(len_bytes)?) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use vm_memory::Bytes;
@@ -231,6 +280,34 @@ mod tests {
             .expect("write");
         let (tracker, _) = ram.tracker(GuestAddress(0)).expect("tracker");
         assert_eq!(tracker.take_dirty()[0], 1 << 5);
+    }
+
+    #[test]
+    fn discarded_pages_are_given_back_and_read_as_zero() {
+        use std::os::unix::fs::MetadataExt;
+        let ram = GuestRam::new(1 << 20, HugePages::Off).expect("ram");
+        let memory = ram.memory();
+        memory
+            .write_slice(&[7; 5 * 4096], GuestAddress(0x1000))
+            .expect("write");
+        let blocks = || ram.file().metadata().expect("a file").blocks();
+        assert_eq!(blocks(), 5 * 8);
+        ram.set_logging(true);
+        ram.discard(GuestAddress(0x1800), 0x2800).expect("discard");
+        assert_eq!(blocks(), 3 * 8, "the half page at the front stays");
+        let byte = |at| memory.read_obj::<u8>(GuestAddress(at)).expect("read");
+        assert_eq!([byte(0x1fff), byte(0x2000), byte(0x4000)], [7, 0, 7]);
+        let (tracker, _) = ram.tracker(GuestAddress(0)).expect("tracker");
+        assert_eq!(tracker.take_dirty()[0], 0b1100);
+    }
+
+    #[test]
+    fn discards_outside_ram_do_nothing() {
+        let ram = GuestRam::new(1 << 20, HugePages::Off).expect("ram");
+        for (start, len) in [(1 << 40, 4096), (u64::MAX, 2), (0xf_f000, u64::MAX >> 1)] {
+            ram.discard(GuestAddress(start), len)
+                .expect("nothing to do");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod console;
@@ -19,6 +20,7 @@ pub mod device;
 pub mod events;
 pub mod fs;
 pub mod interrupt;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rate;

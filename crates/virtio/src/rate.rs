@@ -115,32 +115,43 @@ impl RateLimiter {
 
     /// Whether a request of `bytes` may go now; if not, the timer is set.
     pub fn admit(&mut self, bytes: u64) -> bool {
-        match self.admit_at(bytes, Instant::now()) {
-            Ok(()) => true,
-            Err(wait) => {
+        let ready = self.is_ready();
+        if ready {
+            self.spend(bytes);
+        }
+        ready
+    }
+
+    /// Whether any request may go now; if not, the timer is set. For those whose size shows only
+    /// when they're done: follow with [`Self::spend`].
+    pub fn is_ready(&mut self) -> bool {
+        match self.wait_at(Instant::now()) {
+            None => true,
+            Some(wait) => {
                 self.arm(wait);
                 false
             }
         }
     }
 
-    fn admit_at(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
-        let mut wait = Duration::ZERO;
-        for bucket in self.buckets.iter_mut().flatten() {
-            bucket.refill(now);
-            if bucket.tokens <= 0 {
-                wait = wait.max(bucket.wait());
-            }
-        }
-        if !wait.is_zero() {
-            return Err(wait);
-        }
+    /// Counts a request of `bytes`.
+    pub fn spend(&mut self, bytes: u64) {
         for (bucket, amount) in self.buckets.iter_mut().zip([bytes, 1]) {
             if let Some(bucket) = bucket {
                 bucket.spend(amount);
             }
         }
-        Ok(())
+    }
+
+    fn wait_at(&mut self, now: Instant) -> Option<Duration> {
+        let mut longest = None;
+        for bucket in self.buckets.iter_mut().flatten() {
+            bucket.refill(now);
+            if bucket.tokens <= 0 {
+                longest = longest.max(Some(bucket.wait()));
+            }
+        }
+        longest
     }
 
     fn arm(&self, wait: Duration) {
@@ -171,6 +182,18 @@ impl RateLimiter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl RateLimiter {
+        fn admit_at(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
+            match self.wait_at(now) {
+                Some(wait) => Err(wait),
+                None => {
+                    self.spend(bytes);
+                    Ok(())
+                }
+            }
+        }
+    }
 
     fn limiter(bytes: Option<(u64, u64)>, operations: Option<(u64, u64)>) -> RateLimiter {
         let limit = |(per_second, burst)| Limit { per_second, burst };
