@@ -171,6 +171,11 @@ impl Asm {
         self.int(i32::from(layout::DONE_VECTOR))
     }
 
+    /// A 64-bit far return (iced's has 32-bit operands).
+    pub fn far_return(&mut self) -> Assembled {
+        self.db(&[0x48, 0xcb])
+    }
+
     /// WRMSR of a constant.
     pub fn write_msr(&mut self, msr: u32, value: u64) -> Assembled {
         let [low, high] = crate::halves(value);

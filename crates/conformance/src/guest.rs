@@ -255,8 +255,7 @@ impl Guest {
         self.poke(layout::FAULT_LOG, 0);
         self.poke(layout::RESUME, 0);
         let mut state = self.vcpu.state().expect("a state");
-        tables::only_registers(&mut state);
-        state.regs.rip = layout::CODE;
+        tables::long_mode(&mut state);
         self.vcpu.set_state(&state).expect("a start");
         result
     }
@@ -280,6 +279,22 @@ impl Guest {
             Ok(exit) => panic!("the guest hangs (then {exit:?})\n{}", describe()),
             Err(error) => panic!("the engine failed: {error}\n{}", describe()),
         }
+    }
+
+    /// Runs to a HLT of a bare guest, with no exception on the way.
+    pub fn halt(&mut self) {
+        let exit = self.resume();
+        let faults = self.faults();
+        let described = dump::describe(self.vcpu.as_ref(), &self.ram);
+        assert_eq!(
+            exit,
+            VcpuExit::Halt,
+            "exceptions so far: {faults:#?}\n{described}"
+        );
+        assert!(
+            faults.is_empty(),
+            "unexpected exceptions: {faults:#?}\n{described}"
+        );
     }
 
     /// Runs until the guest ends.

@@ -16,6 +16,43 @@ macro_rules! suite {
         }
 
         $crate::tests_of! {
+            code {
+                a_change_ahead_is_seen_after_a_jump
+                code_that_ran_can_be_changed_again_and_again
+                a_change_through_an_alias_is_seen
+                a_change_by_the_host_is_seen
+                a_change_by_a_device_is_seen
+                a_string_store_over_code_is_seen
+                data_beside_code_can_be_written
+                a_remapped_page_runs_its_new_code
+            }
+            control {
+                privileged_instructions_are_gp_in_user_mode
+                cr0_refuses_impossible_bits
+                cr0_refuses_its_upper_half
+                cr4_refuses_impossible_bits
+                cr3_refuses_reserved_bits
+                cr8_holds_four_bits
+                cr8_reaches_the_state_and_comes_back
+                unknown_control_registers_are_ud
+                lmsw_changes_the_low_bits
+                xsetbv_refuses_impossible_combinations
+                iopl_lets_user_code_use_ports
+                the_permission_map_opens_single_ports
+                popf_in_user_mode_keeps_if_and_iopl
+                the_guests_execution_breakpoints_fault
+                the_guests_data_breakpoints_trap
+                general_detect_guards_the_debug_registers
+            }
+            cpuid {
+                a_given_leaf_comes_back
+                all_leaves_are_the_machines
+                an_unlisted_leaf_is_zero
+                subleaves_are_told_apart
+                osxsave_follows_cr4
+                user_code_may_ask
+                the_paravirtual_leaves_are_there
+            }
             debug {
                 single_step_stops_after_every_instruction
                 single_step_follows_branches
@@ -89,6 +126,27 @@ macro_rules! suite {
                 string_instructions_move_and_compare
                 locked_operations_work
             }
+            modes {
+                real_mode_addresses_by_segment_and_offset
+                real_mode_interrupts_use_the_vector_table
+                real_mode_calls_push_16_bits
+                real_mode_checks_the_limit
+                a_trampoline_reaches_long_mode
+                two_level_paging_translates
+                compatibility_mode_has_segment_bases
+                compatibility_mode_has_segment_limits
+            }
+            msrs {
+                system_call_registers_hold_what_is_written
+                base_registers_are_the_segments_bases
+                non_canonical_values_are_gp
+                unknown_registers_are_gp
+                user_code_may_not_touch_them
+                efer_guards_its_bits
+                pat_takes_known_types_alone
+                halves_are_32_bits
+                memory_type_registers_answer
+            }
             paging_bits {
                 absent_pages_fault_with_the_access
                 read_only_pages_stop_writes
@@ -128,6 +186,23 @@ macro_rules! suite {
                 segment_bases_reach_the_guest_and_come_back
                 translate_walks_the_page_tables
             }
+            segments {
+                loading_a_segment_sets_accessed
+                bad_selectors_fault_with_the_selector
+                null_selectors_load_where_they_may
+                cs_changes_by_far_return_alone
+                a_far_return_enters_ring_3
+                descriptor_tables_come_back
+                non_canonical_table_bases_are_gp
+                ltr_makes_the_task_segment_busy
+                ltr_refuses_the_null_selector
+                local_descriptors_are_found
+                selectors_can_be_asked_about
+                swapgs_exchanges_the_bases
+                fsgsbase_instructions_follow_cr4
+                fsgsbase_values_are_canonical
+                umip_keeps_table_addresses_from_user_code
+            }
             snapshot {
                 a_state_survives_its_own_round_trip
                 a_guest_goes_on_in_another_machine
@@ -135,6 +210,28 @@ macro_rules! suite {
                 a_pending_exception_is_delivered_first
                 a_pending_interrupt_is_delivered_first
                 impossible_states_are_refused
+            }
+            syscalls {
+                syscall_enters_ring_0
+                syscall_keeps_the_unmasked_flags
+                sysret_goes_back_to_64_bit_code
+                sysret_goes_to_32_bit_code
+                syscall_needs_sce
+                sysret_to_a_non_canonical_address_is_gp
+                iret_within_ring_0_loads_the_stack
+                iret_with_nt_is_gp
+                iret_to_nowhere_faults
+                iret_to_user_checks_the_stack_segment
+                iret_in_user_mode_keeps_if_and_iopl
+                iret_enters_32_bit_user_code
+            }
+            time {
+                rdtsc_never_goes_back
+                tsd_keeps_the_counter_from_user_code
+                rdtscp_returns_tsc_aux
+                the_counter_can_be_written
+                the_machine_clock_runs_and_can_be_set
+                the_paravirtual_clock_advances
             }
             unclaimed {
                 a_port_write_exits_complete
@@ -145,6 +242,15 @@ macro_rules! suite {
                 claimed_accesses_do_not_exit
                 wrong_completions_are_refused
                 a_new_state_gives_a_waiting_read_up
+            }
+            vector {
+                vector_registers_survive_exits
+                vector_registers_survive_the_hosts_own_use
+                mxcsr_is_the_guests_own
+                fxsave_and_fxrstor_move_the_state
+                sse_needs_osfxsr
+                avx_state_is_saved_and_restored
+                avx_state_travels_in_the_state
             }
         }
     };

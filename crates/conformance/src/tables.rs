@@ -4,6 +4,7 @@ use ringfence_memory::Bytes;
 use ringfence_memory::GuestAddress;
 use ringfence_memory::GuestRam;
 use ringfence_x86::paging::*;
+use ringfence_x86::state::ACCESS_UNUSABLE;
 use ringfence_x86::state::CS;
 use ringfence_x86::state::DescriptorTable;
 use ringfence_x86::state::FS;
@@ -174,6 +175,10 @@ pub(crate) fn long_mode(state: &mut VcpuState) {
         base: TSS,
         limit: 0x67,
         access: 0x8b,
+    };
+    sregs.ldtr = Segment {
+        access: ACCESS_UNUSABLE,
+        ..Segment::default()
     };
     sregs.gdt = DescriptorTable {
         base: GDT,

@@ -116,11 +116,39 @@ pub(crate) fn filter(supported: &CpuidTable) -> CpuidTable {
     if let Some(result) = table.get_mut(7, 0) {
         result.eax = result.eax.min(2);
     }
+    without_xsave(&mut table);
     xstate(supported, &mut table);
     if table.get(KVM_FEATURES_LEAF, 0).is_some() {
         table.set(KVM_SIGNATURE_LEAF, 0, kvm_signature());
     }
     table
+}
+
+/// A host may list AVX without XSAVE (an emulated one does); nobody could use it.
+fn without_xsave(table: &mut CpuidTable) {
+    const XSAVE: u32 = 1 << 26;
+    const FMA_AVX_F16C: u32 = 1 << 12 | 1 << 28 | 1 << 29;
+    /// AVX2 and all of AVX-512 in leaf 7.
+    const WIDE_EBX: u32 = 1 << 5 | 1 << 16 | 1 << 17 | 1 << 21 | 1 << 28 | 1 << 30 | 1 << 31;
+    const WIDE_ECX: u32 = 1 << 1 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 14;
+    if table.get(1, 0).is_none_or(|leaf| leaf.ecx & XSAVE != 0) {
+        return;
+    }
+    if let Some(features) = table.get_mut(1, 0) {
+        features.ecx &= !FMA_AVX_F16C;
+    }
+    if let Some(features) = table.get_mut(7, 0) {
+        features.ebx &= !WIDE_EBX;
+        features.ecx &= !WIDE_ECX;
+        features.edx &= !(1 << 8 | 1 << 23);
+    }
+    if let Some(features) = table.get_mut(7, 1) {
+        *features = CpuidResult::default();
+    }
+    if let Some(features) = table.get_mut(0x8000_0001, 0) {
+        // XOP and FMA4.
+        features.ecx &= !(1 << 11 | 1 << 16);
+    }
 }
 
 fn masked(result: CpuidResult, mask: CpuidResult) -> CpuidResult {
@@ -278,6 +306,26 @@ mod tests {
         let main = shown.get(XSTATE_LEAF, 0).expect("shown");
         assert_eq!((main.eax, main.ebx, main.ecx), (0xe7, 832, 832));
         assert!(shown.get(XSTATE_LEAF, 18).is_none(), "no AMX");
+    }
+
+    #[test]
+    fn nothing_that_needs_xsave_is_shown_without_it() {
+        let mut host = everything();
+        host.get_mut(1, 0).expect("set").ecx &= !(1 << 26);
+        let shown = filter(&host);
+        let features = shown.get(1, 0).expect("shown");
+        assert_eq!(
+            features.ecx & (1 << 12 | 1 << 28 | 1 << 29),
+            0,
+            "FMA, AVX, F16C"
+        );
+        let structured = shown.get(7, 0).expect("shown");
+        let avx512 = [16, 17, 21, 28, 30, 31].map(|bit| structured.ebx >> bit & 1);
+        assert_eq!(avx512, [0; 6]);
+        assert_eq!(structured.ebx >> 5 & 1, 0, "AVX2");
+        for bit in [0, 3, 7, 8, 9, 18, 20, 29] {
+            assert_eq!(structured.ebx >> bit & 1, 1, "leaf 7 EBX bit {bit} stays");
+        }
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub(crate) struct Host {
     pub(crate) caps: EngineCaps,
     pub(crate) cpuid: CpuidTable,
     pub(crate) xsave: XsaveLayout,
+    /// There is an XCR0.
+    pub(crate) has_xcrs: bool,
 }
 
 /// The `kvm` engine.
@@ -114,6 +116,7 @@ impl KvmEngine {
             debug: kvm.check_extension(Cap::SetGuestDebug),
         };
         let host = Host {
+            has_xcrs: kvm.check_extension(Cap::Xcrs),
             kvm,
             caps,
             xsave: XsaveLayout::new(&raw),

@@ -26,7 +26,7 @@ use vmm_sys_util::errno;
 
 use crate::msrs;
 use crate::segments;
-use crate::xsave::XsaveLayout;
+use crate::vm::Shared;
 
 /// Bytes of the local APIC's page that KVM exchanges.
 const LAPIC_BYTES: usize = 1024;
@@ -46,18 +46,24 @@ fn writing(part: &'static str) -> impl FnOnce(errno::Error) -> EngineError {
     }
 }
 
-/// Reads everything; `chips` says whether the machine has a local APIC.
-pub(crate) fn save(fd: &VcpuFd, xsave: XsaveLayout, chips: bool) -> Result<VcpuState, EngineError> {
+/// Without XSAVE there is no XCR0; it counts as one with x87 alone, its value after reset.
+const XCR0_RESET: u64 = 1;
+
+/// Reads everything.
+pub(crate) fn save(fd: &VcpuFd, shared: &Shared) -> Result<VcpuState, EngineError> {
     let mut sregs = system_from_kvm(&fd.get_sregs().map_err(reading)?);
     let debug = fd.get_debug_regs().map_err(reading)?;
     sregs.dr = debug.db;
     sregs.dr6 = debug.dr6;
     sregs.dr7 = debug.dr7;
-    let xcrs = fd.get_xcrs().map_err(reading)?;
-    sregs.xcr0 = xcrs.xcrs[0].value;
+    sregs.xcr0 = if shared.host.has_xcrs {
+        fd.get_xcrs().map_err(reading)?.xcrs[0].value
+    } else {
+        XCR0_RESET
+    };
     let mut lapic = Vec::new();
     let mut activity = Activity::Running;
-    if chips {
+    if shared.has_chips {
         let page = fd.get_lapic().map_err(reading)?;
         lapic = page.regs.iter().map(|byte| byte.to_le_bytes()[0]).collect();
         activity = activity_from_kvm(fd.get_mp_state().map_err(reading)?.mp_state);
@@ -65,7 +71,7 @@ pub(crate) fn save(fd: &VcpuFd, xsave: XsaveLayout, chips: bool) -> Result<VcpuS
     Ok(VcpuState {
         regs: registers_from_kvm(&fd.get_regs().map_err(reading)?),
         sregs,
-        xsave: xsave.save(fd)?,
+        xsave: shared.host.xsave.save(fd)?,
         msrs: msrs::save(fd)?,
         events: events_from_kvm(&fd.get_vcpu_events().map_err(reading)?),
         activity,
@@ -75,12 +81,8 @@ pub(crate) fn save(fd: &VcpuFd, xsave: XsaveLayout, chips: bool) -> Result<VcpuS
 
 /// Writes everything. Order: the APIC base before the APIC, the APIC before its deadline MSR, and
 /// events last, because KVM_SET_REGS drops a pending exception (§4.12).
-pub(crate) fn load(
-    fd: &VcpuFd,
-    state: &VcpuState,
-    xsave: XsaveLayout,
-    chips: bool,
-) -> Result<(), EngineError> {
+pub(crate) fn load(fd: &VcpuFd, state: &VcpuState, shared: &Shared) -> Result<(), EngineError> {
+    let chips = shared.has_chips;
     if !chips && (state.activity != Activity::Running || !state.lapic.is_empty()) {
         return Err(EngineError::Config(
             "a vCPU of a machine without interrupts can't wait or have a local APIC".into(),
@@ -88,12 +90,16 @@ pub(crate) fn load(
     }
     fd.set_sregs(&system_to_kvm(&state.sregs))
         .map_err(writing("system registers"))?;
-    if state.sregs.xcr0 != 0 {
+    if shared.host.has_xcrs {
         fd.set_xcrs(&xcrs_to_kvm(state.sregs.xcr0))
             .map_err(writing("extended control registers"))?;
+    } else if state.sregs.xcr0 != XCR0_RESET {
+        return Err(EngineError::Config(
+            "this host's processor has no XSAVE, so XCR0 is 1".into(),
+        ));
     }
     if !state.xsave.is_empty() {
-        xsave.load(fd, &state.xsave)?;
+        shared.host.xsave.load(fd, &state.xsave)?;
     }
     fd.set_regs(&registers_to_kvm(&state.regs))
         .map_err(writing("registers"))?;

@@ -270,18 +270,13 @@ impl Vcpu for KvmVcpu {
     }
 
     fn state(&self) -> Result<VcpuState, EngineError> {
-        state::save(&self.fd, self.shared.host.xsave, self.shared.has_chips)
+        state::save(&self.fd, &self.shared)
     }
 
     fn set_state(&mut self, state: &VcpuState) -> Result<(), EngineError> {
         self.give_up()?;
         self.page.set_cr8(state.sregs.cr8);
-        state::load(
-            &self.fd,
-            state,
-            self.shared.host.xsave,
-            self.shared.has_chips,
-        )
+        state::load(&self.fd, state, &self.shared)
     }
 
     fn waker(&self) -> Arc<dyn VcpuWaker> {

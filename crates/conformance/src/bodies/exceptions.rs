@@ -137,8 +137,8 @@ pub fn bad_gates_fault_with_what_is_bad(bench: &Bench<'_>) {
     guest.run_expecting(
         &[
             fault_with(GP, 0x72 << 3 | 2),
-            fault_with(NP, layout::ABSENT_CODE.into()),
-            fault_with(GP, layout::KERNEL_DATA.into()),
+            fault_with(NP, u64::from(layout::ABSENT_CODE)),
+            fault_with(GP, u64::from(layout::KERNEL_DATA)),
             fault(GP),
         ],
         |a| {
@@ -195,8 +195,8 @@ pub fn a_fault_in_user_mode_changes_stacks(bench: &Bench<'_>) {
     assert_eq!(
         values,
         [
-            layout::USER_CODE.into(),
-            layout::USER_DATA.into(),
+            u64::from(layout::USER_CODE),
+            u64::from(layout::USER_DATA),
             layout::USER_STACK - 8
         ]
     );

@@ -1,12 +1,21 @@
 //! The bodies, by subject.
 
+pub mod code;
+pub mod control;
+pub mod cpuid;
 pub mod debug;
 pub mod exceptions;
 pub mod io;
 pub mod lifecycle;
 pub mod memory;
+pub mod modes;
+pub mod msrs;
 pub mod paging_bits;
 pub mod paging_modes;
 pub mod registers;
+pub mod segments;
 pub mod snapshot;
+pub mod syscalls;
+pub mod time;
 pub mod unclaimed;
+pub mod vector;

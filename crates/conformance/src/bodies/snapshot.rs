@@ -39,7 +39,7 @@ pub fn a_guest_goes_on_in_another_machine(bench: &Bench<'_>) {
         a.fstp(qword_ptr(layout::supervisor(layout::SCRATCH)))?;
         a.hlt()
     });
-    assert_eq!(guest.resume(), VcpuExit::Halt);
+    guest.halt();
     let state = guest.vcpu.state().unwrap();
     let mut other = Guest::new(bench);
     copy_memory(&guest, &other);
@@ -69,7 +69,7 @@ pub fn reading_the_state_changes_nothing(bench: &Bench<'_>) {
         a.hlt()
     });
     for _ in 0..2 {
-        assert_eq!(guest.resume(), VcpuExit::Halt);
+        guest.halt();
         let states = [(); 2].map(|()| timeless(guest.vcpu.state().unwrap()));
         assert_eq!(states[0], states[1]);
     }
@@ -96,7 +96,7 @@ pub fn a_pending_exception_is_delivered_first(bench: &Bench<'_>) {
         a.report(rax)?;
         a.hlt()
     });
-    assert_eq!(guest.resume(), VcpuExit::Halt);
+    guest.halt();
     let mut state = guest.vcpu.state().unwrap();
     state.events.exception = Some((GP, Some(0x58)));
     guest.vcpu.set_state(&state).unwrap();
@@ -115,7 +115,7 @@ pub fn a_pending_interrupt_is_delivered_first(bench: &Bench<'_>) {
         a.report(rax)?;
         a.hlt()
     });
-    assert_eq!(guest.resume(), VcpuExit::Halt);
+    guest.halt();
     let mut state = guest.vcpu.state().unwrap();
     state.events.interrupt = Some(0x41);
     guest.vcpu.set_state(&state).unwrap();

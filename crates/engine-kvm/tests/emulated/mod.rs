@@ -10,9 +10,11 @@ const fn deviation(body: &'static str, reason: &'static str) -> Deviation {
 }
 
 const IDT_ERROR: &str = "error codes that name a gate hold its number times 16, not 8";
+const CANONICAL: &str = "bases aren't checked for being canonical";
+const LIMITS: &str = "segment limits aren't checked";
 const RESERVED: &str = "page faults for reserved bits lack the present bit";
 
-const TCG: [Deviation; 12] = [
+const TCG: [Deviation; 22] = [
     deviation("exceptions::absent_gates_are_np", IDT_ERROR),
     deviation("exceptions::bad_gates_fault_with_what_is_bad", IDT_ERROR),
     deviation(
@@ -40,6 +42,28 @@ const TCG: [Deviation; 12] = [
     deviation(
         "exceptions::x87_errors_come_at_the_next_x87_instruction",
         "x87 errors are raised by WAIT alone",
+    ),
+    deviation("msrs::non_canonical_values_are_gp", CANONICAL),
+    deviation("segments::fsgsbase_values_are_canonical", CANONICAL),
+    deviation("segments::non_canonical_table_bases_are_gp", CANONICAL),
+    deviation(
+        "segments::ltr_refuses_the_null_selector",
+        "LTR takes the null selector",
+    ),
+    deviation(
+        "control::cr0_refuses_its_upper_half",
+        "the upper half is dropped",
+    ),
+    deviation("control::cr3_refuses_reserved_bits", "CR3 takes any value"),
+    deviation(
+        "control::general_detect_guards_the_debug_registers",
+        "DR7.GD has no effect",
+    ),
+    deviation("modes::compatibility_mode_has_segment_limits", LIMITS),
+    deviation("modes::real_mode_checks_the_limit", LIMITS),
+    deviation(
+        "syscalls::syscall_keeps_the_unmasked_flags",
+        "SYSCALL clears the status flags",
     ),
     deviation("paging_bits::nx_without_nxe_is_reserved", RESERVED),
     deviation("paging_bits::reserved_bits_fault", RESERVED),
