@@ -71,6 +71,11 @@ impl Receiver {
             let Some(chain) = active.pop(queue) else {
                 return;
             };
+            if chain.writable_len() < HEADER_BYTES {
+                // Of no use, and reading into nothing would leave the frame waiting forever.
+                active.complete(queue, chain.head(), 0);
+                continue;
+            }
             self.bytes += chain.writable_len();
             self.buffers.push_back(chain);
         }

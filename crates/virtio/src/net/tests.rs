@@ -247,6 +247,24 @@ fn frames_larger_than_all_buffers_are_dropped_and_counted() {
     assert_eq!(guest.received().expect("the buffer is still there"), small);
 }
 
+// Found by fuzzing: reading a frame into no bytes at all leaves it waiting, and the loop turning.
+#[test]
+fn buffers_of_no_size_are_given_back() {
+    let mut guest = guest_with(&Options {
+        features: 1 << 32,
+        ..Options::default()
+    });
+    guest.driver.add(RX, &[b"only readable"], &[]);
+    guest.driver.add(RX, &[], &[11]);
+    guest.peers[0].send(&frame([4; 6], 40)).expect("room");
+    guest.driver.kick_and_run(RX);
+    for _ in 0..2 {
+        assert!(guest.driver.take_used(RX).expect("given back").1.is_empty());
+    }
+    guest.lend(1, 1526);
+    assert_eq!(guest.received().expect("received"), frame([4; 6], 40));
+}
+
 #[test]
 fn frames_that_cannot_be_are_dropped() {
     let mut guest = guest();
