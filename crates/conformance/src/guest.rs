@@ -110,7 +110,9 @@ impl Guest {
     #[must_use]
     pub fn with(bench: &Bench<'_>, setup: Setup) -> Self {
         let mut cpuid = bench.engine.supported_cpuid().expect("supported CPUID");
-        without_chips(&mut cpuid, setup.chips);
+        if !setup.chips {
+            cpuid.hide_local_apic();
+        }
         Self::with_cpuid(bench, setup, &cpuid)
     }
 
@@ -403,17 +405,6 @@ fn assemble(
         layout::CODE,
         BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS,
     )
-}
-
-/// A bare machine has no local APIC, so its processors must not show one.
-fn without_chips(cpuid: &mut CpuidTable, has_chips: bool) {
-    if has_chips {
-        return;
-    }
-    if let Some(features) = cpuid.get_mut(1, 0) {
-        features.edx &= !(1 << 9);
-        features.ecx &= !(1 << 21 | 1 << 24);
-    }
 }
 
 fn with_apic_id(cpuid: &CpuidTable, index: u32) -> CpuidTable {

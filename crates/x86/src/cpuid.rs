@@ -35,6 +35,16 @@ impl CpuidTable {
         self.leaves.retain(|&(number, _), _| number != leaf);
     }
 
+    /// Takes the local APIC, its x2APIC mode and its TSC deadline away, for a bare machine.
+    pub fn hide_local_apic(&mut self) {
+        const APIC: u32 = 1 << 9;
+        const X2APIC_AND_TSC_DEADLINE: u32 = 1 << 21 | 1 << 24;
+        if let Some(features) = self.get_mut(1, 0) {
+            features.edx &= !APIC;
+            features.ecx &= !X2APIC_AND_TSC_DEADLINE;
+        }
+    }
+
     /// The entry exactly as stored.
     #[must_use]
     pub fn get(&self, leaf: u32, subleaf: u32) -> Option<&CpuidResult> {

@@ -1,0 +1,1 @@
+"""Guests, on every engine."""

@@ -1,0 +1,1 @@
+"""The kvm engine on hardware virtualization: inside the nested host."""
