@@ -234,4 +234,69 @@ impl Asm {
         self.sub(ecx, 1)?;
         self.jnz(again)
     }
+
+    /// Writes a register of the local APIC's page, through RAX and R15.
+    pub fn write_apic(&mut self, register: u64, value: u32) -> Assembled {
+        use iced_x86::code_asm::dword_ptr;
+        self.mov(r15, layout::LAPIC + register)?;
+        self.mov(eax, value)?;
+        self.mov(dword_ptr(r15), eax)
+    }
+
+    /// Reads a register of the local APIC's page to EAX, through R15.
+    pub fn read_apic(&mut self, register: u64) -> Assembled {
+        use iced_x86::code_asm::dword_ptr;
+        self.mov(r15, layout::LAPIC + register)?;
+        self.mov(eax, dword_ptr(r15))
+    }
+
+    /// Enables the local APIC by software, with spurious vector 0xff, no priority held off, and
+    /// the PICs (which nobody has set up) kept away.
+    pub fn enable_apic(&mut self) -> Assembled {
+        self.write_apic(0x350, 0x1_0000)?;
+        self.write_apic(0xf0, 0x1ff)?;
+        self.write_apic(0x80, 0)
+    }
+
+    /// How the interrupt handlers end an interrupt from now on.
+    pub fn set_eoi(&mut self, eoi: layout::Eoi) -> Assembled {
+        let mode = self.shared(layout::EOI_MODE);
+        let value = match eoi {
+            layout::Eoi::None => 0,
+            layout::Eoi::Xapic => 1,
+            layout::Eoi::X2apic => 2,
+        };
+        self.mov(qword_ptr(mode), value)
+    }
+
+    /// Makes `handler` the interrupt gate of `vector`, through RAX, RCX and RDX.
+    pub fn install_gate(&mut self, vector: u8, handler: CodeLabel) -> Assembled {
+        use iced_x86::code_asm::cx;
+        use iced_x86::code_asm::rax;
+        use iced_x86::code_asm::rcx;
+        use iced_x86::code_asm::rdx;
+        use iced_x86::code_asm::word_ptr;
+        self.lea(rax, ptr(handler))?;
+        self.mov(rdx, layout::IDT + u64::from(vector) * 16)?;
+        self.mov(rcx, rax)?;
+        self.mov(word_ptr(rdx), cx)?;
+        self.mov(word_ptr(rdx + 2), i32::from(layout::KERNEL_CODE))?;
+        self.mov(word_ptr(rdx + 4), 0x8e00)?;
+        self.shr(rcx, 16)?;
+        self.mov(word_ptr(rdx + 6), cx)?;
+        self.mov(qword_ptr(rdx + 8), 0)
+    }
+
+    /// Starts the further processors at `entry`, in 64-bit mode with a stack of their own.
+    pub fn start_processors(&mut self, entry: CodeLabel) -> Assembled {
+        const ALL_BUT_SELF: u32 = 0x000c_0000;
+        let page = u32::try_from(layout::TRAMPOLINE >> 12).unwrap_or_default();
+        self.lea(r15, ptr(entry))?;
+        let place = self.shared(layout::AP_ENTRY);
+        self.mov(qword_ptr(place), r15)?;
+        self.enable_apic()?;
+        self.write_apic(0x300, ALL_BUT_SELF | 0x4500)?;
+        self.spin(20_000)?;
+        self.write_apic(0x300, ALL_BUT_SELF | 0x4600 | page)
+    }
 }

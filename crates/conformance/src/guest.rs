@@ -35,6 +35,7 @@ use crate::fault::Fault;
 use crate::handlers;
 use crate::layout;
 use crate::tables;
+use crate::trampoline;
 use crate::watchdog::Watchdog;
 
 /// Marks a value that the guest has not reported.
@@ -168,6 +169,8 @@ impl Guest {
             let done: Arc<dyn PioDevice> = self.done.clone();
             self.place_port(layout::DONE_PORT.into(), 1, done);
             self.done.add(self.vcpu.waker());
+            trampoline::write(&self.ram).expect("the trampoline");
+            self.poke(layout::EOI_MODE, layout::Eoi::Xapic as u64);
         }
         let mut state = self.vcpu.state().expect("the first state");
         tables::long_mode(&mut state);
@@ -269,10 +272,21 @@ impl Guest {
         self.vcpu.set_state(&state).expect("ring 3");
     }
 
-    /// Runs to the next exit, which a body expects to come soon.
+    /// Runs to the next exit of the first processor, which a body expects to come soon. The
+    /// others run meanwhile.
     pub fn resume(&mut self) -> VcpuExit {
-        let watchdog = Watchdog::start(vec![self.vcpu.waker()]);
-        let exit = self.vcpu.run();
+        let wakers = [&self.vcpu].into_iter().chain(&self.others);
+        let watchdog = Watchdog::start(wakers.map(|vcpu| vcpu.waker()).collect());
+        let (vcpu, others) = (&mut self.vcpu, &mut self.others);
+        let exit = std::thread::scope(|scope| {
+            let wakers: Vec<_> = others.iter().map(|other| other.waker()).collect();
+            for other in others {
+                scope.spawn(|| run_beside(other.as_mut()));
+            }
+            let exit = vcpu.run();
+            wakers.iter().for_each(|waker| waker.kick());
+            exit
+        });
         let expired = watchdog.expired();
         drop(watchdog);
         let describe = || dump::describe(self.vcpu.as_ref(), &self.ram);
@@ -395,6 +409,14 @@ impl Guest {
 /// A CPUID feature: leaf, subleaf, register (0 EAX to 3 EDX), bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Feature(pub u32, pub u32, pub usize, pub u32);
+
+/// A further processor runs until it is kicked; how else it may end is the first one's to notice.
+fn run_beside(vcpu: &mut dyn Vcpu) {
+    match vcpu.run() {
+        Ok(VcpuExit::Kicked) => {}
+        other => eprintln!("a further processor ended with {other:?}"),
+    }
+}
 
 fn assemble(
     asm: &mut Asm,

@@ -32,6 +32,7 @@ pub mod layout;
 mod list;
 pub mod prelude;
 mod tables;
+mod trampoline;
 mod watchdog;
 
 pub use bench::{Bench, BoardChips, Chips};

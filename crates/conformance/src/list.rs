@@ -16,6 +16,19 @@ macro_rules! suite {
         }
 
         $crate::tests_of! {
+            apic {
+                id_and_version_are_a_modern_apics
+                the_base_register_is_as_after_reset
+                the_timer_fires_once
+                the_timer_fires_periodically
+                the_current_count_goes_down
+                a_masked_timer_is_silent
+                the_timer_fires_at_a_deadline
+                a_past_deadline_fires_at_once
+                x2apic_mode_has_msrs
+                the_timer_works_in_x2apic_mode
+                the_registers_travel_in_the_state
+            }
             code {
                 a_change_ahead_is_seen_after_a_jump
                 code_that_ran_can_be_changed_again_and_again
@@ -65,6 +78,14 @@ macro_rules! suite {
                 a_breakpoint_in_user_code_stops_there
                 the_guests_own_int3_is_its_own
             }
+            events {
+                a_doorbell_rings_for_its_value
+                a_doorbell_may_be_a_port
+                an_event_becomes_an_interrupt
+                a_bare_machine_refuses_interrupt_events
+                the_dirty_log_names_written_pages_once
+                pages_written_before_are_logged_again
+            }
             exceptions {
                 division_faults_are_de
                 undefined_opcodes_are_ud
@@ -89,6 +110,26 @@ macro_rules! suite {
                 int1_is_db
                 non_canonical_addresses_are_gp_or_ss
                 jumps_to_non_canonical_addresses_are_gp
+            }
+            interrupts {
+                a_message_is_delivered
+                an_interrupt_waits_for_if
+                sti_and_cli_let_nothing_in_between
+                hlt_wakes_for_a_pending_interrupt
+                hlt_wakes_for_an_interrupt_from_another_thread
+                the_higher_vector_comes_first
+                a_waiting_vector_is_one_interrupt
+                cr8_holds_lower_vectors_off
+                an_interrupt_in_service_holds_lower_ones_off
+                a_disabled_apic_takes_no_messages
+                a_processor_can_interrupt_itself
+                an_nmi_ignores_if
+                user_code_is_interrupted
+                an_edge_is_one_interrupt
+                a_masked_input_stays_silent
+                a_level_interrupts_until_it_is_low
+                the_pics_reach_the_processor
+                the_interval_timer_interrupts
             }
             io {
                 port_reads_have_each_width
@@ -202,6 +243,21 @@ macro_rules! suite {
                 fsgsbase_instructions_follow_cr4
                 fsgsbase_values_are_canonical
                 umip_keeps_table_addresses_from_user_code
+            }
+            smp {
+                init_and_sipi_start_a_processor
+                each_processor_has_its_own_id
+                locked_additions_add_up
+                stores_are_seen_in_order
+                fences_keep_stores_before_loads
+                an_ipi_goes_to_its_processor
+                broadcasts_reach_whom_they_name
+                a_halted_processor_wakes_for_an_ipi
+                an_nmi_goes_to_the_other_processor
+                init_restarts_a_running_processor
+                a_tlb_shoot_down_reaches_the_other_processor
+                cross_modified_code_runs_changed
+                a_waiting_processor_answers_a_kick
             }
             snapshot {
                 a_state_survives_its_own_round_trip

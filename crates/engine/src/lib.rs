@@ -168,7 +168,8 @@ pub trait Vm: Send + Sync {
 
     /// Pages the vCPUs wrote since the last call for these pages, one bit a page from guest
     /// address `start` on (bit `n % 64` of word `n / 64` is page `n`). Pages outside RAM are
-    /// clean. The devices' own writes are in the RAM's page trackers.
+    /// clean; pages that were only read may count as written. The devices' own writes are in the
+    /// RAM's page trackers.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] unless [`EngineCaps::dirty_log`]; [`ErrorKind::State`] while

@@ -1,10 +1,13 @@
 //! The bodies, by subject.
 
+pub mod apic;
 pub mod code;
 pub mod control;
 pub mod cpuid;
 pub mod debug;
+pub mod events;
 pub mod exceptions;
+pub mod interrupts;
 pub mod io;
 pub mod lifecycle;
 pub mod memory;
@@ -14,6 +17,7 @@ pub mod paging_bits;
 pub mod paging_modes;
 pub mod registers;
 pub mod segments;
+pub mod smp;
 pub mod snapshot;
 pub mod syscalls;
 pub mod time;
