@@ -184,11 +184,11 @@ impl DriverRing {
         self.in_flight.len()
     }
 
-    /// The next used element: the head, and what the device wrote to its buffers.
+    /// The next used element: just the head and the length that the device says.
     ///
     /// # Panics
     /// When the device returns a head that can't be one.
-    pub fn take_used(&mut self, memory: &GuestMemory) -> Option<(u16, Vec<u8>)> {
+    pub fn take_used_len(&mut self, memory: &GuestMemory) -> Option<(u16, u32)> {
         let ring = self.addresses()[2];
         if Self::get::<u16>(memory, ring + 2) == self.used {
             return None;
@@ -198,6 +198,15 @@ impl DriverRing {
         let head = Self::get::<u32>(memory, element);
         let len = Self::get::<u32>(memory, element + 4);
         let head = u16::try_from(head).expect("a head that was made available");
+        Some((head, len))
+    }
+
+    /// The next used element: the head, and what the device wrote to its buffers.
+    ///
+    /// # Panics
+    /// When the device returns a head that can't be one.
+    pub fn take_used(&mut self, memory: &GuestMemory) -> Option<(u16, Vec<u8>)> {
+        let (head, len) = self.take_used_len(memory)?;
         let segments = self.in_flight.remove(&head).unwrap_or_default();
         let mut data = Vec::new();
         for segment in segments.iter().filter(|segment| segment.writable) {
