@@ -33,6 +33,9 @@ pub struct RawDisk {
     size_bytes: u64,
     read_only: bool,
     physical_block_bytes: u32,
+    /// Its file system keeps everything in memory: reading never waits, and it may not know the
+    /// flag that says so.
+    in_memory: bool,
 }
 
 impl RawDisk {
@@ -54,7 +57,6 @@ impl RawDisk {
         })?;
         let block = u32::try_from(stat.st_blksize).unwrap_or(0);
         Ok(Self {
-            file,
             size_bytes: end.div_ceil(SECTOR).saturating_mul(SECTOR),
             read_only,
             physical_block_bytes: if block.is_power_of_two() {
@@ -62,6 +64,8 @@ impl RawDisk {
             } else {
                 4096
             },
+            in_memory: is_in_memory(&file),
+            file,
         })
     }
 
@@ -90,6 +94,12 @@ impl RawDisk {
         }
         Ok(())
     }
+}
+
+fn is_in_memory(file: &File) -> bool {
+    /// `TMPFS_MAGIC`, `RAMFS_MAGIC` (`linux/magic.h`).
+    const KINDS: [i64; 2] = [0x0102_1994, 0x8584_58f6];
+    rustix::fs::fstatfs(file).is_ok_and(|stat| KINDS.contains(&stat.f_type))
 }
 
 /// The slices behind the first `done` bytes.
@@ -152,8 +162,13 @@ impl Disk for RawDisk {
         if self.check(offset, len).is_err() {
             return false;
         }
+        let wait = if self.in_memory {
+            Wait::Allowed
+        } else {
+            Wait::Never
+        };
         // A part may be cached; then all of it is read again, which does no harm.
-        vectored::read_at(self.file.as_fd(), slices, offset, Wait::Never)
+        vectored::read_at(self.file.as_fd(), slices, offset, wait)
             .is_ok_and(|done| done as u64 == len)
     }
 

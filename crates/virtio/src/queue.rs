@@ -5,7 +5,6 @@
 //! too, and serving is bounded, so that a driver that adds requests forever can't keep the
 //! worker from its other devices.
 
-use std::io;
 use std::sync::Arc;
 
 use ringfence_memory::GuestAddress;
@@ -59,7 +58,7 @@ pub enum Outcome {
 pub struct Virtqueue {
     index: u16,
     queue: Queue,
-    kick: EventFd,
+    kick: Arc<EventFd>,
     interrupt: Arc<dyn VirtioInterrupt>,
 }
 
@@ -78,7 +77,7 @@ impl Virtqueue {
     pub fn new(
         index: u16,
         queue: Queue,
-        kick: EventFd,
+        kick: Arc<EventFd>,
         interrupt: Arc<dyn VirtioInterrupt>,
     ) -> Self {
         Self {
@@ -255,14 +254,6 @@ impl Virtqueue {
             }
             self.disable_doorbell(memory);
         }
-    }
-
-    /// A second handle to the doorbell, for the transport.
-    ///
-    /// # Errors
-    /// When the process is out of descriptors.
-    pub fn clone_kick(&self) -> io::Result<EventFd> {
-        self.kick.try_clone()
     }
 }
 

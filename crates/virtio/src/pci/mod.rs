@@ -166,7 +166,7 @@ pub struct VirtioPci {
     interrupt: Arc<PciInterrupt>,
     common: Mutex<Common>,
     inner: Arc<Inner>,
-    kicks: Vec<EventFd>,
+    kicks: Vec<Arc<EventFd>>,
     connections: Connections,
     /// Offset of the PCI configuration access capability's data (§4.1.4.9).
     window: u16,
@@ -197,7 +197,7 @@ impl VirtioPci {
         }
         let kicks = sizes
             .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
             .collect::<io::Result<Vec<_>>>()
             .map_err(TransportError::Doorbell)?;
         let (function, window) =
@@ -258,7 +258,7 @@ impl VirtioPci {
         for (index, kick) in (0_u16..).zip(&self.kicks) {
             let queue = self.build_queue(common, index, kick)?;
             if queue.is_some() {
-                events.add(kick, u32::from(index), Interest::Read)?;
+                events.add(&**kick, u32::from(index), Interest::Read)?;
             }
             queues.push(queue);
         }
@@ -281,7 +281,7 @@ impl VirtioPci {
         &self,
         common: &Common,
         index: u16,
-        kick: &EventFd,
+        kick: &Arc<EventFd>,
     ) -> Result<Option<Virtqueue>, Box<dyn std::error::Error>> {
         let Some(mut queue) = common.queue(index)? else {
             return Ok(None);
@@ -294,7 +294,7 @@ impl VirtioPci {
         Ok(Some(Virtqueue::new(
             index,
             queue,
-            kick.try_clone()?,
+            Arc::clone(kick),
             interrupt,
         )))
     }
