@@ -13,6 +13,7 @@
 
 mod frequency;
 
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 
@@ -58,29 +59,63 @@ fn read_clock(id: ClockId) -> u64 {
 /// One machine's view of time.
 #[derive(Debug)]
 pub struct Clock {
-    frequency: TscFrequency,
+    rate: OnceLock<Rate>,
+    /// Where the rate comes from when it is first asked for.
+    calibration: Option<TscCalibration>,
     /// Guest counter minus host counter, wrapping.
     offset: AtomicU64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Rate {
+    frequency: TscFrequency,
     /// Nanoseconds for a count, times 2^32.
     ns_per_count_q32: u64,
+}
+
+impl From<TscFrequency> for Rate {
+    fn from(frequency: TscFrequency) -> Self {
+        let q32 = (u128::from(NS_PER_S) << 32) / u128::from(frequency.hz.max(1));
+        Self {
+            frequency,
+            ns_per_count_q32: u64::try_from(q32).unwrap_or(u64::MAX),
+        }
+    }
 }
 
 impl Clock {
     /// A clock whose guest counter is the host's.
     #[must_use]
     pub fn new(frequency: TscFrequency) -> Self {
-        let q32 = (u128::from(NS_PER_S) << 32) / u128::from(frequency.hz.max(1));
         Self {
-            frequency,
+            rate: OnceLock::from(Rate::from(frequency)),
+            calibration: None,
             offset: AtomicU64::new(0),
-            ns_per_count_q32: u64::try_from(q32).unwrap_or(u64::MAX),
         }
+    }
+
+    /// The same, of a frequency that is still being measured: the measurement ends when the
+    /// frequency is first needed, and goes on beside whatever is done until then.
+    #[must_use]
+    pub fn calibrating(calibration: TscCalibration) -> Self {
+        Self {
+            rate: OnceLock::new(),
+            calibration: Some(calibration),
+            offset: AtomicU64::new(0),
+        }
+    }
+
+    fn rate(&self) -> Rate {
+        *self.rate.get_or_init(|| {
+            let calibration = self.calibration.unwrap_or_else(TscCalibration::start);
+            Rate::from(calibration.finish())
+        })
     }
 
     /// How fast the counter counts.
     #[must_use]
     pub fn frequency(&self) -> TscFrequency {
-        self.frequency
+        self.rate().frequency
     }
 
     /// The guest's time-stamp counter now.
@@ -104,7 +139,7 @@ impl Clock {
     /// Nanoseconds that `counts` of the counter take; saturates.
     #[must_use]
     pub fn counts_to_ns(&self, counts: u64) -> u64 {
-        let ns = (u128::from(counts) * u128::from(self.ns_per_count_q32)) >> 32;
+        let ns = (u128::from(counts) * u128::from(self.rate().ns_per_count_q32)) >> 32;
         u64::try_from(ns).unwrap_or(u64::MAX)
     }
 
@@ -137,6 +172,13 @@ mod tests {
         let day = clock.counts_to_ns(86_400 * 2_500_000_000);
         assert!(day.abs_diff(86_400 * NS_PER_S) < 50_000, "{day}");
         assert_eq!(clock.counts_to_ns(u64::MAX).leading_zeros(), 1);
+    }
+
+    #[test]
+    fn a_frequency_under_measurement_is_there_when_asked_for() {
+        let clock = Clock::calibrating(TscCalibration::start());
+        let ppm = clock.counts_to_ns(clock.frequency().hz).abs_diff(NS_PER_S) / 1000;
+        assert!(ppm < 10);
     }
 
     #[test]

@@ -134,6 +134,7 @@ fn low_bytes(ram: &GuestRam) -> u64 {
 
 fn place_segments(ram: &GuestRam, kernel: &Kernel) -> Result<(), LoadError> {
     let low_bytes = low_bytes(ram);
+    let mut runs = Vec::with_capacity(kernel.elf.segments.len());
     for segment in &kernel.elf.segments {
         if segment.start < place::HIGH_MEMORY {
             return Err(LoadError::LowSegment(segment.start));
@@ -145,15 +146,14 @@ fn place_segments(ram: &GuestRam, kernel: &Kernel) -> Result<(), LoadError> {
                 low_bytes,
             });
         }
-        let run = Run {
+        runs.push(Run {
             what: "the kernel",
             file_offset: segment.file_offset,
             len: segment.file_len,
             guest_start: segment.start,
-        };
-        copy::into_low_ram(ram, &kernel.source, run)?;
+        });
     }
-    Ok(())
+    copy::into_low_ram(ram, &kernel.source, &runs)
 }
 
 /// Writes the command line and returns how long it could be.
@@ -196,6 +196,6 @@ fn place_initramfs(ram: &GuestRam, kernel: &Kernel, file: File) -> Result<(u64, 
         len,
         guest_start: start,
     };
-    copy::into_low_ram(ram, &source, run)?;
+    copy::into_low_ram(ram, &source, &[run])?;
     Ok((start, len))
 }

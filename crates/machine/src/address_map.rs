@@ -8,7 +8,7 @@
 //!   0xfee0_0000      local APICs, messages
 //!   0xfeff_c000      an engine's own pages (KVM on Intel)
 //!   4 GiB            rest of the RAM
-//!   after it         64-bit PCI window, 64 GiB, aligned to its size
+//!   after it         64-bit PCI window, 64 GiB or a quarter of the space, aligned to its size
 //! ```
 
 use ringfence_bus::Range;
@@ -27,7 +27,7 @@ pub(crate) const ECAM: Range = Range {
     len: 1 << 20,
 };
 const WINDOW_32_LEN: u64 = ECAM.start - MMIO_HOLE_START;
-const WINDOW_64_LEN: u64 = 64 << 30;
+const WINDOW_64_MAX_BITS: u8 = 36;
 /// Ports above those of the PC's own devices.
 const WINDOW_IO: Range = Range {
     start: 0xc000,
@@ -54,10 +54,10 @@ impl AddressMap {
             .max()
             .unwrap_or(0)
             .max(MMIO_HOLE_END);
-        let start = ram_end.next_multiple_of(WINDOW_64_LEN);
-        let fits = 1_u64
-            .checked_shl(u32::from(bits))
-            .is_none_or(|limit| start + WINDOW_64_LEN <= limit);
+        let bits = bits.clamp(32, 52);
+        let len = 1 << bits.saturating_sub(2).min(WINDOW_64_MAX_BITS);
+        let start = ram_end.next_multiple_of(len);
+        let fits = start + len <= 1 << bits;
         if !fits {
             return Err(MachineError::AddressSpace {
                 ram_bytes: ram.size_bytes(),
@@ -70,10 +70,7 @@ impl AddressMap {
                     start: MMIO_HOLE_START,
                     len: WINDOW_32_LEN,
                 },
-                memory64: Range {
-                    start,
-                    len: WINDOW_64_LEN,
-                },
+                memory64: Range { start, len },
                 io: WINDOW_IO,
             },
         })
@@ -106,8 +103,9 @@ mod tests {
 
     #[test]
     fn ram_that_leaves_no_room_is_refused() {
-        AddressMap::new(&RamLayout::pc(GIB), 37).expect("fits");
-        for (ram, bits) in [(1, 36), (1000, 40)] {
+        let map = AddressMap::new(&RamLayout::pc(GIB), 36).expect("fits");
+        assert_eq!(map.windows.memory64.start, 16 * GIB);
+        for (ram, bits) in [(60, 36), (1000, 40), (1, 32)] {
             let error = AddressMap::new(&RamLayout::pc(ram * GIB), bits).expect_err("no room");
             assert!(
                 matches!(error, MachineError::AddressSpace { .. }),

@@ -22,6 +22,10 @@ mod error;
 mod input;
 mod lifecycle;
 mod machine;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
+#[cfg(test)]
+mod tests;
 mod vcpu;
 
 pub use address_map::AddressMap;

@@ -228,7 +228,9 @@ impl Lifecycle {
             return Err(self.refuse("pause"));
         }
         threads.wanted = Wanted::Hold;
-        threads.wakers.iter().for_each(|waker| waker.kick());
+        if threads.held < threads.alive {
+            threads.wakers.iter().for_each(|waker| waker.kick());
+        }
         while threads.wanted == Wanted::Hold && threads.held < threads.alive {
             threads = self.wait(threads);
         }

@@ -268,7 +268,13 @@ impl PciFunction {
             what: WHAT,
             why: why.to_owned(),
         };
-        RestoreError::check_version(WHAT, state.version, STATE_VERSION)?;
+        if state.version != STATE_VERSION {
+            return Err(RestoreError::Version {
+                what: WHAT,
+                found: state.version,
+                known: STATE_VERSION,
+            });
+        }
         let config: [u8; 256] = state
             .config
             .try_into()

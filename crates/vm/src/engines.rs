@@ -1,0 +1,69 @@
+//! The engines that this program has, one line each.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use ringfence_clock::Clock;
+use ringfence_engine::Engine;
+use ringfence_engine::EngineError;
+
+use crate::VmError;
+use crate::config::ConfigError;
+
+/// What an engine may need to open.
+pub(crate) struct EngineContext {
+    /// The machine's time.
+    #[expect(dead_code, reason = "for engines without a clock of their own")]
+    pub(crate) clock: Arc<Clock>,
+    /// The engine's device, when the caller opened it.
+    pub(crate) device: Option<OwnedFd>,
+}
+
+/// An engine: its name, the device that it needs by path, and how it is opened.
+struct Entry {
+    name: &'static str,
+    device: Option<&'static str>,
+    open: fn(EngineContext) -> Result<Box<dyn Engine>, EngineError>,
+}
+
+const ENGINES: &[Entry] = &[
+    #[cfg(feature = "kvm")]
+    Entry {
+        name: "kvm",
+        device: Some("/dev/kvm"),
+        open: |context| match context.device {
+            Some(device) => Ok(Box::new(ringfence_engine_kvm::KvmEngine::from_fd(device)?)),
+            None => Err(EngineError::Config("it needs /dev/kvm".to_owned())),
+        },
+    },
+    #[cfg(feature = "testing")]
+    Entry {
+        name: "idle",
+        device: None,
+        open: |_| Ok(Box::new(ringfence_machine::testing::ScriptEngine::idle())),
+    },
+];
+
+fn find(name: &str) -> Result<&'static Entry, VmError> {
+    ENGINES
+        .iter()
+        .find(|entry| entry.name == name)
+        .ok_or_else(|| {
+            let known: Vec<_> = ENGINES.iter().map(|entry| entry.name).collect();
+            let message = format!("there is no engine {name:?}; this program has {known:?}");
+            ConfigError::field("engine", message).into()
+        })
+}
+
+/// The device that the engine of this name needs by path.
+pub(crate) fn device_path(name: &str) -> Result<Option<&'static str>, VmError> {
+    Ok(find(name)?.device)
+}
+
+/// Opens the engine of this name.
+pub(crate) fn open(name: &str, context: EngineContext) -> Result<Box<dyn Engine>, VmError> {
+    (find(name)?.open)(context).map_err(|source| VmError::Engine {
+        name: name.to_owned(),
+        source,
+    })
+}

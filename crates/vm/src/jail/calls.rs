@@ -1,0 +1,276 @@
+//! Which system calls each kind of thread makes.
+
+use std::collections::BTreeMap;
+
+use ringfence_machine::ThreadKind;
+use seccompiler::SeccompCmpArgLen;
+use seccompiler::SeccompCmpOp;
+use seccompiler::SeccompCondition;
+use seccompiler::SeccompRule;
+
+use crate::config::Config;
+use crate::config::DeviceConfig;
+
+/// What the machine's parts need beyond the ordinary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Needs {
+    /// The engine makes code: executable mappings and signal handlers.
+    pub(crate) makes_code: bool,
+    /// There are shared directories.
+    pub(crate) shares: bool,
+    /// There are network cards.
+    pub(crate) networks: bool,
+}
+
+impl Needs {
+    pub(crate) fn of(config: &Config) -> Self {
+        let has = |wanted: fn(&DeviceConfig) -> bool| config.devices.iter().any(wanted);
+        Self {
+            makes_code: config.engine == "bt",
+            shares: has(|device| matches!(device, DeviceConfig::Fs(_))),
+            networks: has(|device| matches!(device, DeviceConfig::Net(_))),
+        }
+    }
+}
+
+/// Allowed calls; no rule for a call means any arguments.
+#[derive(Debug, Default)]
+pub(super) struct Rules(pub(super) BTreeMap<i64, Vec<SeccompRule>>);
+
+impl Rules {
+    /// Allows calls with any arguments.
+    fn allow(&mut self, calls: &[i64]) -> &mut Self {
+        for &call in calls {
+            self.0.insert(call, Vec::new());
+        }
+        self
+    }
+
+    /// Allows a call when `argument & mask == value`, or by another such rule.
+    fn allow_masked(&mut self, call: i64, argument: u8, mask: u64, value: u64) -> &mut Self {
+        let condition = SeccompCondition::new(
+            argument,
+            SeccompCmpArgLen::Dword,
+            SeccompCmpOp::MaskedEq(mask),
+            value,
+        );
+        // Fails for an argument past the sixth alone.
+        let rule = condition.and_then(|condition| SeccompRule::new(vec![condition]));
+        match self.0.get_mut(&call) {
+            // Any arguments are allowed already.
+            Some(rules) if rules.is_empty() => {}
+            Some(rules) => rules.extend(rule),
+            None => drop(rule.map(|rule| self.0.insert(call, vec![rule]))),
+        }
+        self
+    }
+}
+
+/// What the language's runtime does in any thread: memory, locks, time, its end.
+const RUNTIME: &[i64] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_nanosleep,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    libc::SYS_sigaltstack,
+    libc::SYS_write,
+];
+
+/// Events and timers.
+const EVENTS: &[i64] = &[
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_eventfd2,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+];
+
+/// Bytes in and out of what is open.
+const TRANSFER: &[i64] = &[
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_readv,
+    libc::SYS_writev,
+];
+
+/// Sockets that are there already, and those that come by them.
+const SOCKETS: &[i64] = &[
+    libc::SYS_accept4,
+    libc::SYS_dup,
+    libc::SYS_getpeername,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    libc::SYS_socketpair,
+];
+
+/// Disk images.
+const DISKS: &[i64] = &[
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_fstat,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_lseek,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+];
+
+/// Shared directories: each of these takes one name below a directory that is open.
+const SHARES: &[i64] = &[
+    libc::SYS_copy_file_range,
+    libc::SYS_dup,
+    libc::SYS_fallocate,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_fdatasync,
+    libc::SYS_fgetxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_flock,
+    libc::SYS_fremovexattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_getdents64,
+    libc::SYS_linkat,
+    libc::SYS_lseek,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_newfstatat,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_readlinkat,
+    libc::SYS_renameat2,
+    libc::SYS_statx,
+    libc::SYS_symlinkat,
+    libc::SYS_umask,
+    libc::SYS_unlinkat,
+    libc::SYS_utimensat,
+];
+
+/// KVM's ioctls all have this type byte.
+const IOCTL_TYPE_MASK: u64 = 0xff00;
+const IOCTL_KVM: u64 = 0xae00;
+/// What a network card's driver switches on its TAP device.
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+const TUNSETQUEUE: u64 = 0x4004_54d9;
+const WHOLE: u64 = u32::MAX as u64;
+
+const F_GETFD: u64 = 1;
+
+const PROT_WRITE: u64 = 2;
+const PROT_EXEC: u64 = 4;
+const PROT_ARGUMENT: u8 = 2;
+
+fn any_thread(needs: Needs) -> Rules {
+    let mut rules = Rules::default();
+    rules.allow(RUNTIME);
+    // A thread may signal threads of its own process: that is how vCPUs are woken and how the
+    // runtime aborts.
+    let own = u64::try_from(rustix::process::getpid().as_raw_nonzero().get()).unwrap_or(0);
+    rules.allow_masked(libc::SYS_tgkill, 0, WHOLE, own);
+    // The language's checked builds look at a descriptor before they close it.
+    rules.allow_masked(libc::SYS_fcntl, 1, WHOLE, F_GETFD);
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.allow_masked(call, PROT_ARGUMENT, PROT_EXEC, 0);
+        if needs.makes_code {
+            // Never writable and executable at once.
+            let both = PROT_WRITE | PROT_EXEC;
+            rules.allow_masked(call, PROT_ARGUMENT, both, PROT_EXEC);
+        }
+    }
+    if needs.makes_code {
+        rules.allow(&[
+            libc::SYS_memfd_create,
+            libc::SYS_ftruncate,
+            libc::SYS_fallocate,
+            libc::SYS_membarrier,
+            libc::SYS_rt_sigaction,
+            libc::SYS_rt_sigtimedwait,
+            libc::SYS_timer_create,
+            libc::SYS_timer_delete,
+            libc::SYS_timer_settime,
+        ]);
+    } else {
+        rules.allow_masked(libc::SYS_ioctl, 1, IOCTL_TYPE_MASK, IOCTL_KVM);
+    }
+    rules
+}
+
+/// The calls of a machine's thread.
+pub(super) fn of_thread(kind: ThreadKind, needs: Needs) -> Rules {
+    let mut rules = any_thread(needs);
+    rules.allow(EVENTS);
+    match kind {
+        ThreadKind::Timers => {}
+        // A device is started and reset by the vCPU that asks for it.
+        ThreadKind::Vcpu(_) | ThreadKind::Devices => {
+            rules.allow(TRANSFER).allow(SOCKETS);
+            // The balloon punches holes into guest memory.
+            rules.allow(&[libc::SYS_fcntl, libc::SYS_fallocate]);
+            if needs.shares {
+                rules.allow(SHARES);
+            }
+            if needs.networks {
+                rules.allow_masked(libc::SYS_ioctl, 1, WHOLE, TUNSETOFFLOAD);
+                rules.allow_masked(libc::SYS_ioctl, 1, WHOLE, TUNSETQUEUE);
+            }
+        }
+    }
+    rules
+}
+
+/// The calls of the threads that wait for disks.
+pub(super) fn of_disk(needs: Needs) -> Rules {
+    let mut rules = any_thread(needs);
+    rules.allow(TRANSFER).allow(DISKS);
+    rules
+}
+
+/// The calls of the thread that serves the control socket.
+pub(super) fn of_control(needs: Needs) -> Rules {
+    let mut rules = any_thread(needs);
+    rules.allow(EVENTS).allow(TRANSFER);
+    rules.allow(&[
+        libc::SYS_getrusage,
+        libc::SYS_recvfrom,
+        libc::SYS_recvmsg,
+        libc::SYS_sendmsg,
+        libc::SYS_sendto,
+        libc::SYS_shutdown,
+    ]);
+    rules
+}

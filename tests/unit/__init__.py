@@ -1,1 +1,0 @@
-"""Tests without root, KVM or network."""
