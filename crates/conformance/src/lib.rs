@@ -4,7 +4,7 @@
 //! A body is a plain function of a [`Bench`]; it panics when the engine is wrong. An engine's
 //! crate makes each a test of its own:
 //!
-//! ```ignore
+//! ```text
 //! ringfence_conformance::suite!(MyEngine::new(), None, &[]);
 //! ```
 //!

@@ -34,6 +34,31 @@ pub enum RestoreError {
     },
 }
 
+impl RestoreError {
+    /// Refuses a state of a version other than `known`.
+    ///
+    /// # Errors
+    /// [`Self::Version`].
+    pub fn check_version(what: &'static str, found: u32, known: u32) -> Result<(), Self> {
+        if found == known {
+            Ok(())
+        } else {
+            Err(Self::Version { what, found, known })
+        }
+    }
+
+    /// Reads a state of type `T` out of `value`.
+    ///
+    /// # Errors
+    /// [`Self::Form`].
+    pub fn parse<T: DeserializeOwned>(
+        what: &'static str,
+        value: serde_json::Value,
+    ) -> Result<T, Self> {
+        serde_json::from_value(value).map_err(|source| Self::Form { what, source })
+    }
+}
+
 /// A device whose state goes into a snapshot.
 ///
 /// The machine is paused: vCPUs are outside, workers are idle. `restore` is given to a freshly
@@ -80,10 +105,6 @@ impl<T: Persist> PersistValue for T {
     }
 
     fn restore_value(&self, value: serde_json::Value) -> Result<(), RestoreError> {
-        let state = serde_json::from_value(value).map_err(|source| RestoreError::Form {
-            what: T::NAME,
-            source,
-        })?;
-        self.restore(state)
+        self.restore(RestoreError::parse(T::NAME, value)?)
     }
 }

@@ -36,6 +36,11 @@ pub(crate) fn set(
             doorbell.width
         )));
     }
+    if doorbell.width == 0 && doorbell.value.is_some() {
+        return Err(EngineError::Config(
+            "a doorbell that compares a value needs a width".into(),
+        ));
+    }
     let mut flags = 0;
     if doorbell.value.is_some() {
         flags |= DATAMATCH;

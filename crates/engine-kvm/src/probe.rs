@@ -13,11 +13,13 @@ use ringfence_engine::EngineError;
 use ringfence_engine::Vcpu;
 use ringfence_engine::VcpuExit;
 use ringfence_x86::state::RCX;
+use ringfence_x86::state::VcpuState;
 
 use crate::KvmEngine;
 use crate::engine::DEVICE;
 use crate::engine::Host;
 use crate::scratch;
+use crate::vcpu::KvmVcpu;
 
 /// Below this many million instructions a second a stock kernel takes minutes to boot, and the
 /// host doesn't use its processor's virtualization. Emulating modules reach about 2; a guest in
@@ -126,31 +128,47 @@ fn measure(device: File) -> (KvmVerdict, Option<f64>) {
 
 /// Runs longer and longer loops until one takes long enough to be timed.
 fn guest_mips(host: &Arc<Host>) -> Result<f64, EngineError> {
-    const ENOUGH: Duration = Duration::from_millis(8);
-    const FIRST_TURNS: u64 = 1000;
-    const MAX_TURNS: u64 = 1 << 26;
+    const ENOUGH: Duration = Duration::from_millis(3);
+    const FIRST_TURNS: u32 = 1000;
+    const MAX_TURNS: u32 = 1 << 26;
     const INSTRUCTIONS_A_TURN: f64 = 2.0;
     const DEC_RCX_JNZ_HLT: [u8; 6] = [0x48, 0xff, 0xc9, 0x75, 0xfb, 0xf4];
     let mut vcpu = scratch::guest(host, &DEC_RCX_JNZ_HLT)?;
     let mut state = scratch::state(&vcpu)?;
     let mut turns = FIRST_TURNS;
     loop {
-        state.regs.gpr[RCX] = turns;
-        vcpu.set_state(&state)?;
+        state.regs.gpr[RCX] = turns.into();
+        let took = fastest(&mut vcpu, &state, ENOUGH)?;
+        if took >= ENOUGH || turns >= MAX_TURNS {
+            return Ok(f64::from(turns) / 1e6 * INSTRUCTIONS_A_TURN / took.as_secs_f64());
+        }
+        turns *= 4;
+    }
+}
+
+/// The shortest time of three runs, or the first under `enough`: a guest's first entry is slow,
+/// and on a busy host so is any one.
+fn fastest(
+    vcpu: &mut KvmVcpu,
+    state: &VcpuState,
+    enough: Duration,
+) -> Result<Duration, EngineError> {
+    let mut fastest = Duration::MAX;
+    for _ in 0..3 {
+        vcpu.set_state(state)?;
         let start = Instant::now();
         let exit = vcpu.run()?;
-        let took = start.elapsed();
+        fastest = fastest.min(start.elapsed());
         if exit != VcpuExit::Halt {
             return Err(EngineError::Guest(format!(
                 "the test guest stopped with {exit:?} in place of HLT"
             )));
         }
-        if took >= ENOUGH || turns >= MAX_TURNS {
-            let millions = f64::from(u32::try_from(turns).unwrap_or(u32::MAX)) / 1e6;
-            return Ok(millions * INSTRUCTIONS_A_TURN / took.as_secs_f64());
+        if fastest < enough {
+            break;
         }
-        turns *= 4;
     }
+    Ok(fastest)
 }
 
 #[cfg(test)]

@@ -187,7 +187,7 @@ impl KvmVcpu {
                 "KVM can't run the instruction of vCPU {index} at {place} (KVM_EXIT_INTERNAL_ERROR, sub-error {})",
                 self.page.internal_error()
             )),
-            KVM_EXIT_FAIL_ENTRY => EngineError::Internal(format!(
+            KVM_EXIT_FAIL_ENTRY => EngineError::Guest(format!(
                 "the processor refuses the state of vCPU {index} at {place} (KVM_EXIT_FAIL_ENTRY, reason {:#x})",
                 self.page.fail_entry()
             )),

@@ -150,20 +150,44 @@ pub fn write(sink: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usiz
     done(unsafe { libc::writev(sink.as_raw_fd(), buffers.raw.as_ptr(), buffers.count()) })
 }
 
+fn message(buffers: &mut Buffers<'_, '_>) -> libc::msghdr {
+    // SAFETY: an all-zero msghdr is a valid empty one.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = buffers.raw.as_mut_ptr();
+    message.msg_iovlen = buffers.raw.len();
+    message
+}
+
 /// Sends `slices` on a socket without waiting; a closed peer is an error, never a signal.
 ///
 /// # Errors
 /// What the kernel says; `WouldBlock` when the socket is full.
 pub fn send(socket: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usize> {
     let mut buffers = Buffers::new(slices);
-    // SAFETY: an all-zero msghdr is a valid empty one.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = buffers.raw.as_mut_ptr();
-    message.msg_iovlen = buffers.raw.len();
+    let message = message(&mut buffers);
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     // SAFETY: as in `read_at`; the message names `buffers.raw`, which outlives the call, and
     // nothing else.
     done(unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) })
+}
+
+/// Receives from a socket into `slices` without waiting.
+///
+/// # Errors
+/// What the kernel says; `WouldBlock` when nothing came.
+pub fn receive(socket: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usize> {
+    let mut buffers = Buffers::new(slices);
+    let mut message = message(&mut buffers);
+    // SAFETY: as in `send`; the kernel writes to the buffers and to the message alone.
+    let len = done(unsafe {
+        libc::recvmsg(
+            socket.as_raw_fd(),
+            &raw mut message,
+            libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC,
+        )
+    })?;
+    buffers.mark_written(len);
+    Ok(len)
 }
 
 #[cfg(test)]

@@ -268,13 +268,7 @@ impl PciFunction {
             what: WHAT,
             why: why.to_owned(),
         };
-        if state.version != STATE_VERSION {
-            return Err(RestoreError::Version {
-                what: WHAT,
-                found: state.version,
-                known: STATE_VERSION,
-            });
-        }
+        RestoreError::check_version(WHAT, state.version, STATE_VERSION)?;
         let config: [u8; 256] = state
             .config
             .try_into()

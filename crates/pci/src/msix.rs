@@ -274,13 +274,7 @@ impl Msix {
     /// [`RestoreError`] for another version or number of vectors.
     pub fn restore(&self, state: MsixState) -> Result<(), RestoreError> {
         const WHAT: &str = "MSI-X";
-        if state.version != STATE_VERSION {
-            return Err(RestoreError::Version {
-                what: WHAT,
-                found: state.version,
-                known: STATE_VERSION,
-            });
-        }
+        RestoreError::check_version(WHAT, state.version, STATE_VERSION)?;
         let mut table = self.table();
         let vectors = table.entries.len();
         if state.entries.len() != vectors || state.pending.len() != vectors {

@@ -217,5 +217,25 @@ fn block(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, rings, fs, block);
+/// From the doorbell to the used ring with the loop in a thread of its own: what a guest waits for.
+fn round_trip(c: &mut Criterion) {
+    let mut driver = TestDriver::start(Box::new(Null));
+    let events = Arc::clone(&driver.events);
+    let worker = std::thread::spawn(move || events.run());
+    let segments = [Segment::write(0x40_0000, 4096)];
+    c.bench_function("round trip to the loop's thread", |b| {
+        b.iter(|| {
+            driver.add_segments(0, &segments);
+            driver.kick(0);
+            let ring = &mut driver.rings[0];
+            while ring.take_used_len(driver.ram.memory()).is_none() {
+                std::hint::spin_loop();
+            }
+        });
+    });
+    driver.events.stop();
+    worker.join().expect("no panic").expect("a clean end");
+}
+
+criterion_group!(benches, rings, fs, block, round_trip);
 criterion_main!(benches);

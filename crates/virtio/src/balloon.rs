@@ -386,15 +386,8 @@ impl VirtioDevice for Balloon {
 
     fn restore(&mut self, state: serde_json::Value) -> Result<(), RestoreError> {
         const WHAT: &str = "balloon";
-        let state: BalloonState = serde_json::from_value(state)
-            .map_err(|source| RestoreError::Form { what: WHAT, source })?;
-        if state.version != STATE_VERSION {
-            return Err(RestoreError::Version {
-                what: WHAT,
-                found: state.version,
-                known: STATE_VERSION,
-            });
-        }
+        let state: BalloonState = RestoreError::parse(WHAT, state)?;
+        RestoreError::check_version(WHAT, state.version, STATE_VERSION)?;
         let mut shared = self.handle.shared();
         shared.target_pages = state.target_pages;
         shared.actual_pages = state.actual_pages;

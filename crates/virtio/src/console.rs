@@ -44,6 +44,8 @@ const RESIZED: u32 = 2;
 
 /// Bytes written at once: what a pipe that is ready takes without blocking (`PIPE_BUF`).
 const PIECE: usize = 4096;
+/// Bytes of one request that are written at a turn.
+const TURN_BYTES: usize = 256 << 10;
 
 /// Changes the console's size from outside.
 #[derive(Debug)]
@@ -75,6 +77,8 @@ pub struct Console {
     written: usize,
     /// The output takes nothing now: its descriptor is watched.
     waiting: bool,
+    /// A long request goes on at the next turn.
+    goes_on: bool,
     bytes_in: Counter,
     bytes_out: Counter,
 }
@@ -94,6 +98,7 @@ impl Console {
             }),
             written: 0,
             waiting: false,
+            goes_on: false,
             bytes_in: Counter::new(),
             bytes_out: Counter::new(),
         })
@@ -149,13 +154,23 @@ impl Console {
             return;
         }
         active.serve(TX, |session, chain| self.send_chain(session, chain));
+        if std::mem::take(&mut self.goes_on)
+            && let Some(queue) = active.queue(TX)
+        {
+            queue.ring_again();
+        }
     }
 
     /// Writes one request, as far as the host takes it.
     fn send_chain(&mut self, session: &Session, chain: &Chain) -> Outcome {
         let mut reader = chain.reader(&session.memory);
         reader.skip(self.written);
+        let turn_end = self.written + TURN_BYTES;
         while reader.remaining() > 0 {
+            if self.written >= turn_end {
+                self.goes_on = true;
+                return Outcome::Blocked;
+            }
             let Some(output) = &self.output else { break };
             if !is_writable(output) {
                 // Fails for files, which are always writable.
@@ -358,6 +373,21 @@ mod tests {
         }
         assert!(got == text, "the bytes differ");
         assert_eq!(terminal.driver.take_used(TX).expect("done").0, head);
+    }
+
+    #[test]
+    fn a_long_request_is_written_in_turns() {
+        let file = tempfile::tempfile().expect("a file");
+        let copy = file.try_clone().expect("a descriptor");
+        let console = Console::new(None, Some(copy)).expect("a console");
+        let mut driver = TestDriver::start(Box::new(console));
+        driver.add(TX, &[&vec![b'x'; 1 << 20]], &[]);
+        driver.kick(TX);
+        driver.events.run_once(0).expect("loop");
+        assert!(driver.take_used(TX).is_none(), "not in one turn");
+        driver.run();
+        assert!(driver.take_used(TX).is_some());
+        assert_eq!(file.metadata().expect("a file").len(), 1 << 20);
     }
 
     #[test]

@@ -16,6 +16,8 @@ use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
+use std::time::Instant;
 
 use vmm_sys_util::epoll::ControlOperation;
 use vmm_sys_util::epoll::Epoll;
@@ -26,6 +28,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Events fetched in one call.
 const BATCH: usize = 64;
+/// How long to look for the next event before sleeping: somewhat more than two wake-ups take.
+const LINGER: Duration = Duration::from_micros(60);
 /// The handler number of the loop itself.
 const OWN: u32 = 0;
 
@@ -138,8 +142,20 @@ impl EventLoop {
     /// # Errors
     /// When waiting fails: the host is broken.
     pub fn run(&self) -> io::Result<()> {
+        let alone = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1);
+        let mut pace = Pace::new(if alone { Duration::ZERO } else { LINGER });
         while !self.stopping.load(Ordering::SeqCst) {
-            self.run_once(-1)?;
+            if pace.lingers(Instant::now()) {
+                if self.run_once(0)? > 0 {
+                    pace.served(Instant::now());
+                } else {
+                    // Whoever else wants this processor, a vCPU first of all, has it.
+                    std::thread::yield_now();
+                }
+            } else {
+                self.run_once(-1)?;
+                pace.served(Instant::now());
+            }
         }
         Ok(())
     }
@@ -189,6 +205,39 @@ impl EventLoop {
         self.stopping.store(true, Ordering::SeqCst);
         // Fails only when the counter is full: the loop wakes then anyway.
         let _ = self.wake.write(1);
+    }
+}
+
+/// Whether to look for the next event awhile before sleeping.
+///
+/// A guest that waits for each answer before it asks again pays for two wake-ups a request. When
+/// events come in quick succession, the loop lingers after each, so that the next finds it awake;
+/// one slow gap ends that, so that a quiet guest costs nothing.
+#[derive(Debug)]
+struct Pace {
+    linger: Duration,
+    last: Option<Instant>,
+    quick: bool,
+}
+
+impl Pace {
+    fn new(linger: Duration) -> Self {
+        Self {
+            linger,
+            last: None,
+            quick: false,
+        }
+    }
+
+    fn served(&mut self, now: Instant) {
+        let gap = self.last.map(|last| now.saturating_duration_since(last));
+        self.quick = gap.is_some_and(|gap| gap < self.linger);
+        self.last = Some(now);
+    }
+
+    fn lingers(&self, now: Instant) -> bool {
+        let since = self.last.map(|last| now.saturating_duration_since(last));
+        self.quick && since.is_some_and(|since| since < self.linger)
     }
 }
 
@@ -320,6 +369,24 @@ mod tests {
         });
         events.stop();
         thread.join().expect("no panic").expect("clean end");
+    }
+
+    #[test]
+    fn the_loop_lingers_only_while_events_come_quickly() {
+        let start = Instant::now();
+        let at = |us| start + Duration::from_micros(us);
+        let mut pace = Pace::new(Duration::from_micros(60));
+        pace.served(at(0));
+        assert!(!pace.lingers(at(1)), "one event says nothing");
+        pace.served(at(50));
+        assert!(pace.lingers(at(100)));
+        assert!(!pace.lingers(at(110)), "the time is over");
+        pace.served(at(200));
+        assert!(!pace.lingers(at(201)), "the gap was long");
+        let mut never = Pace::new(Duration::ZERO);
+        never.served(at(0));
+        never.served(at(0));
+        assert!(!never.lingers(at(0)));
     }
 
     #[test]

@@ -6,6 +6,8 @@
 //! worker from its other devices.
 
 use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
 
 use ringfence_memory::GuestAddress;
 use ringfence_memory::GuestMemory;
@@ -21,6 +23,9 @@ use crate::VirtioInterrupt;
 use crate::chain::Buffer;
 use crate::chain::Chain;
 use crate::chain::MAX_BUFFERS;
+
+/// How long a queue is served at a turn: requests may be large, and others wait, a pause among them.
+const TURN: Duration = Duration::from_millis(5);
 
 /// How a driver broke the rules of the ring. The device stops until it is reset (§2.1.1,
 /// DEVICE_NEEDS_RESET).
@@ -41,6 +46,9 @@ pub enum QueueError {
     /// No buffer at all: the chain's first descriptor could not be read.
     #[error("a chain has no buffers")]
     Empty,
+    /// More requests at a time than there are descriptors: some are used twice (§2.7.13).
+    #[error("descriptors are made available again while they are in use")]
+    Reuse,
 }
 
 /// What became of a request that a device was shown.
@@ -60,6 +68,8 @@ pub struct Virtqueue {
     queue: Queue,
     kick: Arc<EventFd>,
     interrupt: Arc<dyn VirtioInterrupt>,
+    /// Requests taken and not returned.
+    in_flight: u32,
 }
 
 impl std::fmt::Debug for Virtqueue {
@@ -85,6 +95,7 @@ impl Virtqueue {
             queue,
             kick,
             interrupt,
+            in_flight: 0,
         }
     }
 
@@ -127,6 +138,10 @@ impl Virtqueue {
         let Some(descriptors) = available.next() else {
             return Ok(None);
         };
+        // What a device keeps is bounded by this alone.
+        if self.in_flight >= u32::from(self.queue.size()) {
+            return Err(QueueError::Reuse);
+        }
         let mut chain = Chain {
             head: descriptors.head_index(),
             readable: smallvec::SmallVec::new(),
@@ -154,12 +169,14 @@ impl Virtqueue {
         if chain.readable.is_empty() && chain.writable.is_empty() {
             return Err(QueueError::Empty);
         }
+        self.in_flight += 1;
         Ok(Some(chain))
     }
 
     /// Puts the request that was just taken back.
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();
+        self.in_flight = self.in_flight.saturating_sub(1);
     }
 
     /// Returns a request to the driver. Follow a batch with [`Self::notify`].
@@ -172,6 +189,7 @@ impl Virtqueue {
         head: u16,
         written: u32,
     ) -> Result<(), QueueError> {
+        self.in_flight = self.in_flight.saturating_sub(1);
         self.queue
             .add_used(memory, head, written)
             .map_err(|_| QueueError::Ring)
@@ -211,8 +229,9 @@ impl Virtqueue {
             .map_err(|_| QueueError::Ring)
     }
 
-    /// Shows the device each request until the ring is empty, one is [`Outcome::Blocked`], or
-    /// twice the queue's size were served (the rest has its turn after the other devices').
+    /// Shows the device each request until the ring is empty, one is [`Outcome::Blocked`], or its
+    /// turn is over: twice the queue's size were served, or some milliseconds have passed. The rest
+    /// has its turn after the other devices'.
     ///
     /// # Errors
     /// [`QueueError`] when the driver broke the ring; what was completed is notified first.
@@ -232,6 +251,7 @@ impl Virtqueue {
         device: &mut impl FnMut(&Chain) -> Outcome,
     ) -> Result<(), QueueError> {
         let mut budget = u32::from(self.size()) * 2;
+        let end = Instant::now() + TURN;
         self.disable_doorbell(memory);
         loop {
             while let Some(chain) = self.pop(memory)? {
@@ -244,7 +264,7 @@ impl Virtqueue {
                     }
                 }
                 budget -= 1;
-                if budget == 0 {
+                if budget == 0 || Instant::now() >= end {
                     self.ring_again();
                     return Ok(());
                 }

@@ -245,7 +245,8 @@ pub fn two_contributory_faults_are_a_double_fault(bench: &Bench<'_>) {
     let mut guest = Guest::new(bench);
     guest.set_gate(DE, 0, 0, 0x8e);
     guest.set_gate(UD, 0, 0, 0x8e);
-    guest.run_expecting(&[fault(DF), fault(GP)], |a| {
+    // The second #GP comes while an earlier exception is delivered: EXT is set.
+    guest.run_expecting(&[fault(DF), fault_with(GP, 1)], |a| {
         a.xor(ecx, ecx)?;
         // #DE meets #GP (a null selector in its gate): both contributory.
         a.faulting(|a| a.div(ecx))?;

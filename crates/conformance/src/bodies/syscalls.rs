@@ -289,6 +289,9 @@ pub fn iret_enters_32_bit_user_code(bench: &Bench<'_>) {
         a.push(i32::from(layout::USER_CODE32))?;
         a.user_address(user)?;
         a.push(r15)?;
+        // The kernel's own data segment would be nulled on the way out.
+        a.mov(eax, u32::from(layout::USER_DATA))?;
+        a.mov(ds, eax)?;
         a.mov(rax, 0xffff_ffff_0000_0001_u64)?;
         a.iretq()?;
         a.set_label(&mut user)?;

@@ -5,8 +5,8 @@
 //!                                 └─ other reads, flushes: a few threads ─► completion ─► used ring
 //! ```
 //!
-//! The device has an event loop of its own, so that a write that waits for the disk delays no other
-//! device. Threads rather than io_uring: see `docs/adr/0021-block-io.md`.
+//! A board may give it an event loop of its own, so that a write that waits for the disk delays no
+//! other device. Threads rather than io_uring: see `docs/adr/0033-block-io.md`.
 
 mod device;
 mod pool;

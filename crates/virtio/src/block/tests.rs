@@ -279,6 +279,33 @@ impl ringfence_block::Disk for Slow {
     }
 }
 
+// A driver may not use descriptors again before they come back: else what waits here had no bound.
+#[test]
+fn requests_beyond_the_queues_size_break_the_device() {
+    let released = std::sync::Arc::new(AtomicBool::new(false));
+    let config = BlockConfig {
+        disk: std::sync::Arc::new(Slow(released.clone())),
+        serial: String::new(),
+        queues: 1,
+        rate: RateConfig::default(),
+        thread_start: None,
+    };
+    let device = Block::new(config).expect("a device");
+    let mut driver = TestDriver::start(Box::new(device));
+    let memory = driver.memory().clone();
+    let head = driver.add(0, &[&header(FLUSH, 0)], &[1]);
+    for _ in 0..300 {
+        driver.kick_and_run(0);
+        driver.rings[0].make_available(&memory, head);
+    }
+    assert_ne!(driver.status() & crate::testing::NEEDS_RESET, 0);
+    released.store(true, Ordering::SeqCst);
+    driver.set_up(u64::MAX);
+    driver.add(0, &[&header(WRITE, 0), &[0; 512]], &[1]);
+    driver.kick_and_run(0);
+    assert_eq!(driver.take_used(0).expect("serving again").1, [OK]);
+}
+
 // A reset waits for what is in flight: nothing may write to guest memory afterwards.
 #[test]
 fn a_reset_during_a_flush_waits_for_it_and_forgets_the_rest() {

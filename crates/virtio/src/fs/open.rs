@@ -39,6 +39,9 @@ use crate::ChainWriter;
 
 /// Most bytes that one COPY_FILE_RANGE moves, so that it doesn't hold the worker for long.
 const MAX_COPY: usize = 16 << 20;
+/// Most bytes that one READ or WRITE moves: several times what was negotiated. The rest is a short
+/// transfer.
+const MAX_TRANSFER: usize = 4 << 20;
 /// Open flags that a guest may choose; the rest of its bits mean nothing to the host.
 const OPEN_FLAGS: OFlags = OFlags::ACCMODE
     .union(OFlags::APPEND)
@@ -147,7 +150,7 @@ impl FileSystem {
         request: &ReadIn,
         body: &mut ChainWriter<'_>,
     ) -> Result<(), Errno> {
-        body.limit(request.size as usize);
+        body.limit(MAX_TRANSFER.min(request.size as usize));
         let slices = body.slices(body.remaining());
         let read = |file: &File| {
             vectored::read_at(file.as_fd(), &slices, request.offset, Wait::Allowed)
@@ -172,7 +175,10 @@ impl FileSystem {
         // Handles of read-only shares are never open for writing; this is the second lock.
         self.check_writable(id)?;
         let handle = self.handles.file_of(request.handle, id)?;
-        let len = data.remaining().min(request.size as usize);
+        let len = data
+            .remaining()
+            .min(request.size as usize)
+            .min(MAX_TRANSFER);
         let slices = data.slices(len);
         let written = vectored::write_at(handle.file.as_fd(), &slices, request.offset)
             .map_err(|error| errno(&error))?;

@@ -98,15 +98,8 @@ impl FileSystem {
     }
 
     pub(super) fn restore(&mut self, state: serde_json::Value) -> Result<(), RestoreError> {
-        let state: FsState = serde_json::from_value(state)
-            .map_err(|source| RestoreError::Form { what: WHAT, source })?;
-        if state.version != STATE_VERSION {
-            return Err(RestoreError::Version {
-                what: WHAT,
-                found: state.version,
-                known: STATE_VERSION,
-            });
-        }
+        let state: FsState = RestoreError::parse(WHAT, state)?;
+        RestoreError::check_version(WHAT, state.version, STATE_VERSION)?;
         let shares = self.layout.shares.len();
         let rules = self.layout.rules();
         let fits = |record: &NodeRecord| {

@@ -368,15 +368,8 @@ impl VirtioDevice for Net {
 
     fn restore(&mut self, state: serde_json::Value) -> Result<(), RestoreError> {
         const WHAT: &str = "net";
-        let state: NetState = serde_json::from_value(state)
-            .map_err(|source| RestoreError::Form { what: WHAT, source })?;
-        if state.version != STATE_VERSION {
-            return Err(RestoreError::Version {
-                what: WHAT,
-                found: state.version,
-                known: STATE_VERSION,
-            });
-        }
+        let state: NetState = RestoreError::parse(WHAT, state)?;
+        RestoreError::check_version(WHAT, state.version, STATE_VERSION)?;
         self.mac = state.mac;
         Ok(())
     }

@@ -121,13 +121,7 @@ impl Persist for VirtioPci {
 
 impl VirtioPci {
     fn check(&self, state: &VirtioPciState) -> Result<(), RestoreError> {
-        if state.version != STATE_VERSION {
-            return Err(RestoreError::Version {
-                what: Self::NAME,
-                found: state.version,
-                known: STATE_VERSION,
-            });
-        }
+        RestoreError::check_version(Self::NAME, state.version, STATE_VERSION)?;
         let kind = self.inner.slot().device.kind();
         let queues = self.common().queues.len();
         if state.kind != kind.id() || state.queues.len() != queues {

@@ -1,5 +1,8 @@
 //! One stream between a guest port and a host descriptor.
 //!
+//! The descriptor may be a blocking one, and its other end the host program's: each call says that
+//! it won't wait.
+//!
 //! ```text
 //!            host program connects              guest connects
 //!                    │ REQUEST ►                      │ ► REQUEST
@@ -241,7 +244,7 @@ impl Connection {
     /// Moves bytes from the host into a guest buffer, which is behind the header already.
     pub(super) fn pull(&mut self, writer: &mut ChainWriter<'_>) -> Pull {
         let len = writer.remaining().min(self.credit() as usize);
-        match vectored::read(self.stream.as_fd(), &writer.slices(len)) {
+        match vectored::receive(self.stream.as_fd(), &writer.slices(len)) {
             Ok(0) => Pull::End,
             Ok(len) => {
                 writer.advance(len);

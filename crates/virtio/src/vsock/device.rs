@@ -188,15 +188,8 @@ impl VirtioDevice for Vsock {
 
     fn restore(&mut self, state: serde_json::Value) -> Result<(), RestoreError> {
         const WHAT: &str = "vsock";
-        let state: VsockState = serde_json::from_value(state)
-            .map_err(|source| RestoreError::Form { what: WHAT, source })?;
-        if state.version != STATE_VERSION {
-            return Err(RestoreError::Version {
-                what: WHAT,
-                found: state.version,
-                known: STATE_VERSION,
-            });
-        }
+        let state: VsockState = RestoreError::parse(WHAT, state)?;
+        RestoreError::check_version(WHAT, state.version, STATE_VERSION)?;
         self.owes_reset_event = true;
         Ok(())
     }

@@ -39,13 +39,17 @@ impl Handshake {
     /// the guest.
     pub(super) fn read(&mut self) -> io::Result<Option<u32>> {
         let room = &mut self.line[self.len..];
-        let seen = match recv(&self.stream, &mut *room, RecvFlags::PEEK) {
+        let seen = match recv(
+            &self.stream,
+            &mut *room,
+            RecvFlags::PEEK | RecvFlags::DONTWAIT,
+        ) {
             Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
             other => other?.0,
         };
         let end = room[..seen].iter().position(|&byte| byte == b'\n');
         let wanted = end.map_or(seen, |end| end + 1);
-        let (taken, _) = recv(&self.stream, &mut room[..wanted], RecvFlags::empty())?;
+        let (taken, _) = recv(&self.stream, &mut room[..wanted], RecvFlags::DONTWAIT)?;
         self.len += taken;
         if end.is_some() {
             return parse(&self.line[..self.len]).map(Some);

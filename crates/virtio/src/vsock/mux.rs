@@ -176,10 +176,7 @@ impl Mux {
                 return;
             };
             let token = self.new_token();
-            let added = stream
-                .set_nonblocking(true)
-                .and_then(|()| events.add(&stream, token, Interest::Read));
-            if added.is_ok() {
+            if events.add(&stream, token, Interest::Read).is_ok() {
                 self.handshakes.insert(token, Handshake::new(stream));
             }
         }
@@ -237,7 +234,6 @@ impl Mux {
         };
         let token = self.new_token();
         let mut connection = Connection::new(ports, stream, state, window);
-        connection.stream.set_nonblocking(true).ok()?;
         connection.interest = connection.wanted_interest();
         events
             .add(&connection.stream, token, connection.interest)

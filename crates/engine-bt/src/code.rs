@@ -1,0 +1,721 @@
+//! The code cache: translated blocks, their side tables, and the maps that lead to them.
+//!
+//! Code lies in a memfd mapped twice, once to write and once to execute; no page is ever both.
+//! Blocks are appended; a block dies by being taken out of its page's map, and its bytes are
+//! reclaimed when the whole cache is emptied. Blocks belong to the guest *physical* page that
+//! their code came from, so that every process that maps a page shares its translation. Code is
+//! position-independent in guest virtual space for the same reason: it finds its page's address in
+//! [`crate::hot::Hot::pc_base`].
+//!
+//! Jumps within a page are linked directly. Nothing links across pages: such transfers go through
+//! the code tables, which follow the guest's own address translation, so a remap needs no search.
+
+// UNSAFETY: writes machine code and the maps that lead to it.
+#![expect(
+    unsafe_code,
+    reason = "code and maps are raw memory that other threads execute and read"
+)]
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+
+use crate::host::Host;
+use crate::hot::GATES;
+use crate::hot::Gate;
+use crate::hot::hot;
+use crate::mapping::Reservation;
+use crate::mapping::memory_file;
+use crate::mode::Mode;
+use crate::remote::request;
+use crate::shared::Shared;
+use crate::translate::asm::Asm;
+use crate::translate::asm::Mem;
+use crate::translate::crossing::Routine;
+use crate::translate::crossing::build;
+use crate::translate::crossing::routines;
+use crate::translate::plan::MAX_BORROWED;
+use crate::window::BLOCKS_BYTES;
+
+/// Bytes of a block before its body: see [`crate::translate::entry`].
+pub(crate) const POLL_ENTRY: u32 = 16;
+/// Where the body starts.
+pub(crate) const BODY_ENTRY: u32 = 28;
+/// Elements of a page's map, one a byte.
+const MAP_ELEMENTS: usize = 4096;
+const MAP_BYTES: u64 = MAP_ELEMENTS as u64 * 4;
+/// Most pages with translated code at a time.
+const MAX_MAPS: u64 = 16 << 10;
+const BLOCK_ALIGNMENT: u32 = 16;
+
+/// Identifies a page's translations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct PageKey {
+    /// Guest physical address of the page.
+    pub gpa: u64,
+    pub mode: Mode,
+}
+
+/// What a site in translated code stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SiteKind {
+    /// A memory access: retried once its page is filled.
+    Memory { bytes: u16, write: bool },
+    /// A copied instruction that may raise an exception by itself.
+    Copied,
+    /// An instruction for the monitor.
+    Step,
+    /// The end of an indirect transfer, or one to another page; its target is in
+    /// [`crate::hot::Hot::spill`]`[3]`.
+    Jump,
+}
+
+/// A guest instruction that may call the monitor, and its host code.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Site {
+    pub kind: SiteKind,
+    /// The probe is for a group's range.
+    pub range: Option<SiteRange>,
+    /// A host register that the operation borrowed; it waits in [`crate::hot::Hot::spill`]`[0]`.
+    pub transient: Option<u8>,
+    /// The flags wait in RAX during the probe.
+    pub flags_parked: bool,
+    /// Registers that groups have borrowed, and their slots, in the order of borrowing.
+    pub held: [Option<(u8, usize)>; MAX_BORROWED],
+    /// How many of them are borrowed before the probe; the rest only behind it.
+    pub held_at_start: usize,
+    /// Offset of the instruction in its guest page.
+    pub guest: u16,
+    /// First byte of host code, relative to the block; where a retry starts.
+    pub start: u32,
+    /// One past its last byte.
+    pub end: u32,
+}
+
+/// What a group's probe covers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SiteRange {
+    /// Where in the range the probing access lies.
+    pub delta: u16,
+    /// Something in the range is written.
+    pub writes: bool,
+}
+
+/// A direct jump within the page.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Link {
+    /// Offset of the target in the guest page.
+    pub target: u16,
+    /// The target doesn't lie ahead: the jump must pass a poll.
+    pub backward: bool,
+    /// The target is to be translated without groups.
+    pub plain: bool,
+    /// Place of the displacement, relative to the block.
+    pub place: u32,
+}
+
+/// A translated block, ready to be installed.
+#[derive(Default)]
+pub(crate) struct NewBlock {
+    pub code: Vec<u8>,
+    pub guest: u16,
+    /// 64-byte parts of the page that the translation depends on.
+    pub parts: u64,
+    pub sites: Vec<Site>,
+    pub links: Vec<Link>,
+    /// Places of immediates that name a site or link of this block by number, to be rebased.
+    pub site_places: Vec<usize>,
+    pub link_places: Vec<usize>,
+    /// Places of jump displacements to a gate.
+    pub gate_places: Vec<(usize, Gate)>,
+    /// Places of jump displacements to a routine.
+    pub routine_places: Vec<(usize, Routine)>,
+}
+
+/// Where a block lies.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Block {
+    pub key: PageKey,
+    pub guest: u16,
+    pub start: u32,
+    pub len: u32,
+    first_site: u32,
+}
+
+struct Page {
+    map: u64,
+    blocks: Vec<u32>,
+    /// Blocks without groups, by guest offset.
+    plain: HashMap<u16, u32>,
+    /// Which 64-byte parts hold translated code.
+    parts: u64,
+    /// Translations under way: until they are installed, the whole page counts as code.
+    pending: u32,
+    /// Counts invalidations.
+    version: u32,
+}
+
+struct InstalledLink {
+    block: u32,
+    link: Link,
+}
+
+#[derive(Default)]
+struct Inner {
+    next: u32,
+    blocks: Vec<Block>,
+    sites: Vec<(u32, Site)>,
+    links: Vec<InstalledLink>,
+    pages: HashMap<PageKey, Page>,
+    modes: HashMap<u64, Vec<Mode>>,
+    maps: u64,
+    scratch: HashMap<Vec<u8>, u64>,
+}
+
+/// The code cache is full: it must be emptied before more is translated.
+#[derive(Debug)]
+pub(crate) struct Full;
+
+/// All translated code of one machine.
+pub(crate) struct CodeCache {
+    writable: Reservation,
+    executable: Reservation,
+    size: u32,
+    block_table: Reservation,
+    blocks_file: OwnedFd,
+    maps: Reservation,
+    inner: Mutex<Inner>,
+    generation: AtomicU32,
+    clearing: AtomicBool,
+    perf_map: Option<Mutex<File>>,
+    trampolines: [u32; GATES],
+    routines: HashMap<Routine, u32>,
+    first_free: u32,
+}
+
+impl CodeCache {
+    /// An empty cache of at most `size` bytes of code, which tells `perf` what it holds.
+    pub(crate) fn new(size: u32, host: Host, perf_map: Option<File>) -> io::Result<Self> {
+        let file = memory_file(c"ringfence-bt-code", u64::from(size))?;
+        let writable =
+            Reservation::of_file(&file, u64::from(size), libc::PROT_READ | libc::PROT_WRITE)?;
+        let executable =
+            Reservation::of_file(&file, u64::from(size), libc::PROT_READ | libc::PROT_EXEC)?;
+        let blocks_file = memory_file(c"ringfence-bt-blocks", BLOCKS_BYTES as u64)?;
+        let block_table = Reservation::of_file(
+            &blocks_file,
+            BLOCKS_BYTES as u64,
+            libc::PROT_READ | libc::PROT_WRITE,
+        )?;
+        let mut cache = Self {
+            writable,
+            executable,
+            size,
+            block_table,
+            blocks_file,
+            maps: Reservation::zeroed(MAX_MAPS * MAP_BYTES)?,
+            inner: Mutex::default(),
+            generation: AtomicU32::new(0),
+            clearing: AtomicBool::new(false),
+            perf_map: perf_map.map(Mutex::new),
+            trampolines: [0; GATES],
+            routines: HashMap::new(),
+            first_free: 0,
+        };
+        cache.write_trampolines();
+        cache.write_routines(host);
+        cache.reset(&mut cache.lock());
+        Ok(cache)
+    }
+
+    fn write_trampolines(&mut self) {
+        let mut asm = Asm::default();
+        for gate in 0..GATES {
+            self.trampolines[gate] = u32_of(asm.here());
+            asm.jmp_mem(Mem::gs(hot!(gates, gate)));
+        }
+        self.write(0, &asm.code);
+        self.first_free = u32_of(asm.here());
+    }
+
+    fn write_routines(&mut self, host: Host) {
+        for routine in routines() {
+            let start = self.first_free.next_multiple_of(BLOCK_ALIGNMENT);
+            let block = build(routine, host);
+            let code = self.relocate(&Inner::default(), &block, start);
+            self.write(start, &code);
+            self.routines.insert(routine, start);
+            self.first_free = start + u32_of(code.len());
+        }
+    }
+
+    fn reset(&self, inner: &mut Inner) {
+        *inner = Inner {
+            next: self.first_free,
+            // Map 0 is the miss map: all its elements are block 0.
+            maps: 1,
+            ..Inner::default()
+        };
+        self.maps.discard(self.maps.start(), MAX_MAPS * MAP_BYTES);
+        self.block_table
+            .discard(self.block_table.start(), BLOCKS_BYTES as u64);
+        self.set_block(0, self.trampolines[Gate::Miss as usize]);
+        inner.blocks.push(Block {
+            key: PageKey {
+                gpa: u64::MAX,
+                mode: Mode::default(),
+            },
+            guest: 0,
+            start: 0,
+            len: self.first_free,
+            first_site: 0,
+        });
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The block table's file, for the windows.
+    pub(crate) fn blocks_file(&self) -> &OwnedFd {
+        &self.blocks_file
+    }
+
+    /// The map that leads nowhere.
+    pub(crate) fn miss_map(&self) -> u64 {
+        self.maps.start()
+    }
+
+    /// Changes whenever all code was dropped.
+    pub(crate) fn generation(&self) -> u32 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// Address range of executable code, for the signal handler.
+    pub(crate) fn range(&self) -> (u64, u64) {
+        let start = self.executable.start();
+        (start, start + u64::from(self.size))
+    }
+
+    /// Bytes of code in use.
+    pub(crate) fn used_bytes(&self) -> u64 {
+        u64::from(self.lock().next)
+    }
+
+    fn address(&self, offset: u32) -> u64 {
+        self.executable.start() + u64::from(offset)
+    }
+
+    fn offset(&self, pc: u64) -> Option<u32> {
+        let offset = pc.checked_sub(self.executable.start())?;
+        u32::try_from(offset).ok().filter(|&at| at < self.size)
+    }
+
+    fn write(&self, offset: u32, bytes: &[u8]) {
+        assert!(offset as usize + bytes.len() <= self.size as usize);
+        let to = (self.writable.start() + u64::from(offset)) as *mut u8;
+        // SAFETY: inside the writable mapping, as just checked. No vCPU runs these bytes yet, or
+        // (patches) they are one aligned word.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+    }
+
+    fn set_block(&self, number: u32, offset: u32) {
+        let at = self.block_table.start() + 8 * u64::from(number);
+        // SAFETY: numbers are below the table's length; generated code reads the word atomically.
+        unsafe { AtomicU64::from_ptr(at as *mut u64) }
+            .store(self.address(offset), Ordering::SeqCst);
+    }
+
+    fn map_element(map: u64, offset: u16) -> &'static AtomicU32 {
+        let at = map + 4 * u64::from(offset & 0xfff);
+        // SAFETY: maps lie in a reservation that lives as long as the cache, and callers hold the
+        // cache; an element is only accessed atomically.
+        unsafe { AtomicU32::from_ptr(at as *mut u32) }
+    }
+
+    /// The map of a page's code, made when there is none.
+    pub(crate) fn map(&self, key: PageKey) -> Result<u64, Full> {
+        let mut inner = self.lock();
+        if let Some(page) = inner.pages.get(&key) {
+            return Ok(page.map);
+        }
+        if inner.maps == MAX_MAPS {
+            return Err(Full);
+        }
+        let map = self.maps.start() + inner.maps * MAP_BYTES;
+        inner.maps += 1;
+        inner.pages.insert(
+            key,
+            Page {
+                map,
+                blocks: Vec::new(),
+                plain: HashMap::new(),
+                parts: 0,
+                pending: 0,
+                version: 0,
+            },
+        );
+        inner.modes.entry(key.gpa).or_default().push(key.mode);
+        Ok(map)
+    }
+
+    /// Host address of the body of the block at `offset` of a mapped page.
+    pub(crate) fn find(&self, map: u64, offset: u16) -> Option<u64> {
+        let number = Self::map_element(map, offset).load(Ordering::SeqCst);
+        if number == 0 {
+            return None;
+        }
+        let at = self.block_table.start() + 8 * u64::from(number);
+        // SAFETY: numbers in maps are below the table's length.
+        let start = unsafe { AtomicU64::from_ptr(at as *mut u64) }.load(Ordering::SeqCst);
+        Some(start + u64::from(BODY_ENTRY))
+    }
+
+    /// Announces a translation: from here on every write to the page drops it. Returns the
+    /// version to install under.
+    pub(crate) fn begin(&self, key: PageKey) -> Result<u32, Full> {
+        self.map(key)?;
+        let mut inner = self.lock();
+        let page = inner.pages.get_mut(&key).ok_or(Full)?;
+        page.pending += 1;
+        Ok(page.version)
+    }
+
+    /// Adds a block and returns the address of its body; `None` when its page was written since
+    /// [`Self::begin`]. When another vCPU was first, its block is returned and the new one dropped.
+    pub(crate) fn install(
+        &self,
+        key: PageKey,
+        version: u32,
+        new: &NewBlock,
+        plain: bool,
+    ) -> Result<Option<u64>, Full> {
+        let mut inner = self.lock();
+        let page = inner.pages.get_mut(&key).ok_or(Full)?;
+        page.pending = page.pending.saturating_sub(1);
+        if page.version != version {
+            return Ok(None);
+        }
+        let map = page.map;
+        if let Some(body) = self.present(&inner, key, new.guest, plain) {
+            return Ok(Some(body));
+        }
+        let start = inner.next.next_multiple_of(BLOCK_ALIGNMENT);
+        let len = u32_of(new.code.len());
+        let number = u32_of(inner.blocks.len());
+        if start + len > self.size || (number as usize + 1) * 8 > BLOCKS_BYTES {
+            return Err(Full);
+        }
+        let first_site = u32_of(inner.sites.len());
+        let code = self.relocate(&inner, new, start);
+        self.write(start, &code);
+        inner.next = start + len;
+        inner.blocks.push(Block {
+            key,
+            guest: new.guest,
+            start,
+            len,
+            first_site,
+        });
+        inner
+            .sites
+            .extend(new.sites.iter().map(|&site| (number, site)));
+        inner
+            .links
+            .extend(new.links.iter().map(|&link| InstalledLink {
+                block: number,
+                link,
+            }));
+        let page = inner.pages.get_mut(&key).ok_or(Full)?;
+        page.blocks.push(number);
+        page.parts |= new.parts;
+        self.note_block(start, len, key, new.guest);
+        self.set_block(number, start);
+        if plain {
+            page.plain.insert(new.guest, number);
+        } else {
+            Self::map_element(map, new.guest).store(number, Ordering::SeqCst);
+        }
+        Ok(Some(self.address(start + BODY_ENTRY)))
+    }
+
+    /// A line for `perf`: address, length, name.
+    fn note_block(&self, start: u32, len: u32, key: PageKey, guest: u16) {
+        if let Some(file) = &self.perf_map {
+            let ring = if key.mode.is_user() { "user" } else { "kernel" };
+            let place = key.gpa + u64::from(guest);
+            let line = format!("{:x} {len:x} guest_{ring}_{place:x}\n", self.address(start));
+            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+            // Profiles without some names are better than a machine that stops.
+            let _ = file.write_all(line.as_bytes());
+        }
+    }
+
+    fn present(&self, inner: &Inner, key: PageKey, guest: u16, plain: bool) -> Option<u64> {
+        let page = inner.pages.get(&key)?;
+        if !plain {
+            return self.find(page.map, guest);
+        }
+        let number = *page.plain.get(&guest)?;
+        Some(self.address(inner.blocks[number as usize].start + BODY_ENTRY))
+    }
+
+    /// Host address of the body of the block without groups at `guest`.
+    pub(crate) fn find_plain(&self, key: PageKey, guest: u16) -> Option<u64> {
+        self.present(&self.lock(), key, guest, true)
+    }
+
+    fn relocate(&self, inner: &Inner, new: &NewBlock, start: u32) -> Vec<u8> {
+        let mut code = new.code.clone();
+        let rebase = |code: &mut Vec<u8>, place: usize, by: usize| {
+            let mut word = [0; 4];
+            word.copy_from_slice(&code[place..place + 4]);
+            let value = u32::from_le_bytes(word) + u32_of(by);
+            code[place..place + 4].copy_from_slice(&value.to_le_bytes());
+        };
+        for &place in &new.site_places {
+            rebase(&mut code, place, inner.sites.len());
+        }
+        for &place in &new.link_places {
+            rebase(&mut code, place, inner.links.len());
+        }
+        let gates = new
+            .gate_places
+            .iter()
+            .map(|&(place, gate)| (place, self.trampolines[gate as usize]));
+        let routines = new
+            .routine_places
+            .iter()
+            .map(|(place, routine)| (*place, self.routines[routine]));
+        for (place, target) in gates.chain(routines) {
+            let target = i64::from(target);
+            let distance = target - i64::from(start) - i64::from(u32_of(place)) - 4;
+            let distance = i32::try_from(distance).expect("the cache is smaller than 2 GiB");
+            code[place..place + 4].copy_from_slice(&distance.to_le_bytes());
+        }
+        code
+    }
+
+    /// Adds code that belongs to no page, keyed by `key`, and returns its address.
+    pub(crate) fn scratch(
+        &self,
+        key: &[u8],
+        build: impl FnOnce() -> NewBlock,
+    ) -> Result<u64, Full> {
+        let mut inner = self.lock();
+        if let Some(&address) = inner.scratch.get(key) {
+            return Ok(address);
+        }
+        let new = build();
+        let start = inner.next.next_multiple_of(BLOCK_ALIGNMENT);
+        let len = u32_of(new.code.len());
+        if start + len > self.size {
+            return Err(Full);
+        }
+        let code = self.relocate(&inner, &new, start);
+        self.write(start, &code);
+        inner.next = start + len;
+        let first_site = u32_of(inner.sites.len());
+        // A block of no page, so that faults in it are recognised as nobody's.
+        inner.blocks.push(Block {
+            key: PageKey {
+                gpa: u64::MAX,
+                mode: Mode::default(),
+            },
+            guest: 0,
+            start,
+            len,
+            first_site,
+        });
+        let address = self.address(start);
+        inner.scratch.insert(key.to_vec(), address);
+        Ok(address)
+    }
+
+    /// Site `number`, with its block.
+    pub(crate) fn site(&self, number: u32) -> Option<(Block, Site)> {
+        let inner = self.lock();
+        let &(block, site) = inner.sites.get(number as usize)?;
+        Some((inner.blocks[block as usize], site))
+    }
+
+    /// The block that holds host address `pc`, and the site whose code does.
+    pub(crate) fn locate(&self, pc: u64) -> Option<(Block, Option<Site>)> {
+        let offset = self.offset(pc)?;
+        let inner = self.lock();
+        let index = inner
+            .blocks
+            .partition_point(|block| block.start <= offset)
+            .checked_sub(1)?;
+        let block = inner.blocks[index];
+        if offset >= block.start + block.len {
+            return None;
+        }
+        let end = inner
+            .blocks
+            .get(index + 1)
+            .map_or(inner.sites.len(), |next| next.first_site as usize);
+        let inside = offset - block.start;
+        let site = inner.sites[block.first_site as usize..end]
+            .iter()
+            .map(|&(_, site)| site)
+            .find(|site| (site.start..site.end).contains(&inside));
+        Some((block, site))
+    }
+
+    /// Host address of byte `inside` of `block`.
+    pub(crate) fn pc(&self, block: &Block, inside: u32) -> u64 {
+        self.address(block.start + inside)
+    }
+
+    /// Link `number`, with its block.
+    pub(crate) fn link(&self, number: u32) -> Option<(Block, Link)> {
+        let inner = self.lock();
+        let installed = inner.links.get(number as usize)?;
+        Some((inner.blocks[installed.block as usize], installed.link))
+    }
+
+    /// Points a link at the block whose body is at `body`, unless either was dropped meanwhile.
+    pub(crate) fn connect(&self, number: u32, body: u64) {
+        let inner = self.lock();
+        let Some(installed) = inner.links.get(number as usize) else {
+            return;
+        };
+        let block = inner.blocks[installed.block as usize];
+        // The target must be the page's current block there: a dropped one is not linked to.
+        let link = installed.link;
+        if self.present(&inner, block.key, link.target, link.plain) != Some(body) {
+            return;
+        }
+        let Some(target) = self.offset(body) else {
+            return;
+        };
+        let target = if installed.link.backward {
+            target - BODY_ENTRY + POLL_ENTRY
+        } else {
+            target
+        };
+        let place = block.start + installed.link.place;
+        let distance = target.wrapping_sub(place + 4);
+        let at = self.writable.start() + u64::from(place);
+        // SAFETY: the place lies in the cache and is aligned (the translator pads it), so other
+        // processors see the old jump or the new one.
+        unsafe { AtomicU32::from_ptr(at as *mut u32) }.store(distance, Ordering::SeqCst);
+    }
+
+    /// Whether a write of `len` bytes at `gpa` (within a page) touches translated code.
+    pub(crate) fn overlaps(&self, gpa: u64, len: usize) -> bool {
+        let page = gpa & !0xfff;
+        let inner = self.lock();
+        let Some(modes) = inner.modes.get(&page) else {
+            return false;
+        };
+        let first = u16::try_from(gpa & 0xfff).unwrap_or(0);
+        let written = parts(first, u16::try_from(len).unwrap_or(4096));
+        modes.iter().any(|&mode| {
+            inner
+                .pages
+                .get(&PageKey { gpa: page, mode })
+                .is_some_and(|page| page.pending > 0 || page.parts & written != 0)
+        })
+    }
+
+    /// Drops all translations of the page at `gpa`. Other vCPUs are told to look again.
+    pub(crate) fn invalidate(&self, shared: &Shared, gpa: u64) {
+        let gpa = gpa & !0xfff;
+        let mut inner = self.lock();
+        let modes = inner.modes.get(&gpa).cloned().unwrap_or_default();
+        for mode in modes {
+            let mut dropped = Vec::new();
+            if let Some(page) = inner.pages.get_mut(&PageKey { gpa, mode }) {
+                page.parts = 0;
+                page.plain.clear();
+                page.version = page.version.wrapping_add(1);
+                let map = page.map;
+                dropped = std::mem::take(&mut page.blocks)
+                    .into_iter()
+                    .map(|number| (map, number))
+                    .collect();
+            }
+            for (map, number) in dropped {
+                let guest = inner.blocks[number as usize].guest;
+                Self::map_element(map, guest).store(0, Ordering::SeqCst);
+            }
+        }
+        // The page stays marked: it will probably be executed, or patched further, soon.
+        drop(inner);
+        for remote in shared.remotes() {
+            remote.post(request::EVENT);
+        }
+    }
+
+    /// Lets a page be written freely again if no code of it is translated.
+    pub(crate) fn release(&self, shared: &Shared, gpa: u64) {
+        let gpa = gpa & !0xfff;
+        let inner = self.lock();
+        let busy = inner.modes.get(&gpa).is_some_and(|modes| {
+            modes.iter().any(|&mode| {
+                inner
+                    .pages
+                    .get(&PageKey { gpa, mode })
+                    .is_some_and(|page| page.pending > 0 || page.parts != 0)
+            })
+        });
+        // Under the lock: nobody translates the page in between.
+        if !busy {
+            shared.pages.unmark_code(gpa);
+        }
+    }
+
+    /// Claims the right to call [`Self::clear`]; false when another vCPU has it.
+    pub(crate) fn begin_clearing(&self) -> bool {
+        !self.clearing.swap(true, Ordering::SeqCst)
+    }
+
+    /// Forgets everything. The caller has made sure that no vCPU is in translated code or will
+    /// use an old table entry.
+    pub(crate) fn clear(&self, shared: &Shared) {
+        let mut inner = self.lock();
+        for &gpa in inner.modes.keys() {
+            shared.pages.unmark_code(gpa);
+        }
+        self.reset(&mut inner);
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.clearing.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Which 64-byte parts of a page `len` bytes at `first` touch.
+pub(crate) fn parts(first: u16, len: u16) -> u64 {
+    let from = u32::from(first) / 64;
+    let to = (u32::from(first) + u32::from(len.max(1)) - 1).min(4095) / 64;
+    (u64::MAX >> (63 - (to - from))) << from
+}
+
+fn u32_of(value: usize) -> u32 {
+    u32::try_from(value).expect("the cache and its tables are far below 4 GiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_what_a_range_touches() {
+        assert_eq!(parts(0, 1), 1);
+        assert_eq!(parts(63, 2), 0b11);
+        assert_eq!(parts(64, 64), 0b10);
+        assert_eq!(parts(0, 4096), u64::MAX);
+        assert_eq!(parts(4095, 1), 1 << 63);
+        assert_eq!(parts(4032, 200), 1 << 63);
+    }
+}

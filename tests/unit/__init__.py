@@ -1,0 +1,1 @@
+"""Tests without root, KVM or network."""
