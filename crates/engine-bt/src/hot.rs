@@ -90,7 +90,9 @@ pub(crate) struct Hot {
     pub tsc_aux: u64,
     /// Host address of [`Hot::cross`].
     pub cross_address: u64,
-    pub cross_saved: [u64; 4],
+    /// Registers of a crossing access: apart from [`Hot::spill`], where groups' registers wait
+    /// while such an access is under way.
+    pub cross_saved: [u64; 7],
     /// Site of the crossing access.
     pub cross_site: u64,
     /// Segment bases, in encoding order (ES CS SS DS FS GS).

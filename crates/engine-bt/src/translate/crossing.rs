@@ -87,9 +87,9 @@ pub(crate) fn build(routine: Routine, host: Host) -> NewBlock {
     };
     let plan = Plan::default();
     let mut emitter = Emitter::new(&request, &plan);
-    emitter.asm.store(Mem::gs(hot!(spill, 6)), T1);
-    emitter.asm.store(Mem::gs(hot!(spill, 5)), RAX);
-    emitter.asm.store(Mem::gs(hot!(spill, 7)), RCX);
+    emitter.asm.store(Mem::gs(hot!(cross_saved, 4)), T1);
+    emitter.asm.store(Mem::gs(hot!(cross_saved, 5)), RAX);
+    emitter.asm.store(Mem::gs(hot!(cross_saved, 6)), RCX);
     match routine {
         Routine::Read { size, .. } => emitter.read_routine(size),
         Routine::PrepareWrite { size, .. } => emitter.prepare_routine(size),
@@ -110,9 +110,9 @@ impl Emitter<'_> {
     }
 
     fn restore_and_return(&mut self) {
-        self.asm.load(RCX, Mem::gs(hot!(spill, 7)));
-        self.asm.load(RAX, Mem::gs(hot!(spill, 5)));
-        self.asm.jmp_mem(Mem::gs(hot!(spill, 6)));
+        self.asm.load(RCX, Mem::gs(hot!(cross_saved, 6)));
+        self.asm.load(RAX, Mem::gs(hot!(cross_saved, 5)));
+        self.asm.jmp_mem(Mem::gs(hot!(cross_saved, 4)));
     }
 
     /// A page without entry: the monitor takes the instruction over.
@@ -120,8 +120,8 @@ impl Emitter<'_> {
         for fixup in from {
             self.asm.fix_here(fixup);
         }
-        self.asm.load(RCX, Mem::gs(hot!(spill, 7)));
-        self.asm.load(RAX, Mem::gs(hot!(spill, 5)));
+        self.asm.load(RCX, Mem::gs(hot!(cross_saved, 6)));
+        self.asm.load(RAX, Mem::gs(hot!(cross_saved, 5)));
         self.gate(Gate::Crossing);
     }
 
@@ -204,5 +204,32 @@ impl Emitter<'_> {
             self.asm.fix_here(fixup);
         }
         self.asm.bytes(&[0x0f, 0x0b]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use iced_x86::Decoder;
+    use iced_x86::DecoderOptions;
+    use iced_x86::Register;
+
+    use super::*;
+    use crate::hot::Hot;
+
+    /// Groups keep up to three guest registers there while an access in between crosses a page.
+    #[test]
+    fn a_crossing_access_leaves_borrowed_registers_alone() {
+        let spill = offset_of!(Hot, spill) as u64..offset_of!(Hot, mask_user) as u64;
+        for routine in routines() {
+            let code = build(routine, Host::detect()).code;
+            for instruction in &mut Decoder::new(64, &code, DecoderOptions::NONE) {
+                let at = instruction.memory_displacement64();
+                let hot = instruction.memory_segment() == Register::GS
+                    && instruction.memory_base() == Register::None;
+                assert!(!hot || !spill.contains(&at), "{routine:?}: {instruction}");
+            }
+        }
     }
 }
