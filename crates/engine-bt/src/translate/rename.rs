@@ -4,7 +4,6 @@ use iced_x86::Instruction;
 use iced_x86::OpKind;
 use iced_x86::Register;
 
-use crate::step::is_high_byte;
 use crate::translate::asm::Reg;
 
 /// General registers by number, one bit each.
@@ -15,12 +14,8 @@ impl RegSet {
     /// Adds a register of any width.
     fn add(&mut self, register: Register) {
         if register.is_gpr() {
-            let number = if is_high_byte(register) {
-                register.number() - 4
-            } else {
-                register.number()
-            };
-            self.0 |= 1 << number;
+            // The whole register's number: byte registers are counted in a row of twenty.
+            self.0 |= 1 << register.full_register().number();
         }
     }
 
@@ -155,4 +150,26 @@ pub(crate) fn general_form(instruction: &Instruction) -> Instruction {
     general.set_code(code);
     general.set_code_size(iced_x86::CodeSize::Code64);
     general
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn byte_registers_count_as_the_registers_that_they_are_in() {
+        for (register, number) in [
+            (Register::BL, 3),
+            (Register::AH, 0),
+            (Register::BH, 3),
+            (Register::SPL, 4),
+            (Register::DIL, 7),
+            (Register::R8L, 8),
+            (Register::R15L, 15),
+        ] {
+            let mut set = RegSet(0);
+            set.add(register);
+            assert_eq!(set.0, 1 << number, "{register:?}");
+        }
+    }
 }
