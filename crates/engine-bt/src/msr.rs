@@ -95,14 +95,11 @@ impl Default for Msrs {
 }
 
 /// Registers that a saved state lists, in the order to load them.
-pub(crate) const SAVED: [u32; 19] = [
-    number::EFER,
+pub(crate) const SAVED: [u32; 15] = [
     number::STAR,
     number::LSTAR,
     number::CSTAR,
     number::SFMASK,
-    number::FS_BASE,
-    number::GS_BASE,
     number::KERNEL_GS_BASE,
     number::TSC_AUX,
     number::IA32_SYSENTER_CS,
@@ -111,7 +108,6 @@ pub(crate) const SAVED: [u32; 19] = [
     number::IA32_PAT,
     number::IA32_MTRR_DEF_TYPE,
     number::IA32_MISC_ENABLE,
-    number::IA32_TSC,
     number::KVM_WALL_CLOCK_NEW,
     number::KVM_SYSTEM_TIME_NEW,
     number::KVM_POLL_CONTROL,

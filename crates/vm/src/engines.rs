@@ -27,6 +27,12 @@ struct Entry {
 }
 
 const ENGINES: &[Entry] = &[
+    #[cfg(feature = "bt")]
+    Entry {
+        name: "bt",
+        device: None,
+        open: |_| Ok(Box::new(ringfence_engine_bt::BtEngine::new()?)),
+    },
     #[cfg(feature = "kvm")]
     Entry {
         name: "kvm",
