@@ -171,6 +171,23 @@ pub fn send(socket: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usi
     done(unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) })
 }
 
+/// Sends bytes of this program's own on a socket without waiting.
+///
+/// # Errors
+/// What the kernel says; `WouldBlock` when the socket is full.
+pub fn send_bytes(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+    // SAFETY: `bytes` lives during the call, and the kernel only reads it.
+    done(unsafe {
+        libc::send(
+            socket.as_raw_fd(),
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            flags,
+        )
+    })
+}
+
 /// Receives from a socket into `slices` without waiting.
 ///
 /// # Errors

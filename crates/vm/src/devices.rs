@@ -9,6 +9,8 @@ use ringfence_block::Format;
 use ringfence_block::Image;
 use ringfence_engine::ErrorKind;
 use ringfence_memory::GuestRam;
+use ringfence_netstack::Link;
+use ringfence_netstack::NetBackend;
 use ringfence_netstack::Tap;
 use ringfence_virtio::VirtioDevice;
 use ringfence_virtio::balloon::Balloon;
@@ -146,17 +148,21 @@ impl Workshop<'_> {
     }
 
     fn net(&mut self, config: &NetConfig) -> Made {
-        let files = config
-            .tap_fds
-            .iter()
-            .map(|&fd| self.file(fd))
-            .collect::<Result<Vec<_>, Failure>>()?;
-        let tap = Tap::new(files).map_err(Failure::config)?;
+        let backend: Box<dyn NetBackend> = if let Some(fd) = config.link_fd {
+            Box::new(Link::new(self.file(fd)?).map_err(Failure::config)?)
+        } else {
+            let files = config
+                .tap_fds
+                .iter()
+                .map(|&fd| self.file(fd))
+                .collect::<Result<Vec<_>, Failure>>()?;
+            Box::new(Tap::new(files).map_err(Failure::config)?)
+        };
         let net = Net::new(ringfence_virtio::net::NetConfig {
-            backend: Box::new(tap),
+            backend,
             mac: config.mac,
-            mtu: None,
-            lock_mac: false,
+            mtu: config.mtu,
+            lock_mac: config.lock_mac,
             receive_rate: bounds(config.rate),
             send_rate: bounds(config.rate),
         });

@@ -61,6 +61,7 @@ impl DeviceConfig {
                 .iter()
                 .enumerate()
                 .map(|(i, &fd)| (format!("tap_fds[{i}]"), fd))
+                .chain(named("link_fd", net.link_fd))
                 .collect(),
             Self::Vsock(vsock) => [
                 ("listen_fd", vsock.listen_fd),
@@ -156,10 +157,20 @@ pub struct RateConfig {
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
     /// TAP devices, one a queue pair.
+    #[serde(default)]
     pub tap_fds: Vec<Fd>,
+    /// Instead: a socket, whose messages are frames.
+    #[serde(default)]
+    pub link_fd: Option<Fd>,
     /// Its address.
     #[serde(deserialize_with = "mac")]
     pub mac: [u8; 6],
+    /// Whether the guest is held to that address.
+    #[serde(default)]
+    pub lock_mac: bool,
+    /// The largest packet, told to the guest.
+    #[serde(default)]
+    pub mtu: Option<u16>,
     /// Bounds, for each direction.
     #[serde(default)]
     pub rate: Option<RateConfig>,

@@ -29,6 +29,8 @@ const MAX_NAME_BYTES: usize = 64;
 /// Guest context IDs: 0 to 2 mean the hypervisor, the local one and the host (virtio 1.2 §5.10.4).
 const CIDS: std::ops::Range<u32> = 3..u32::MAX;
 const MAX_SERIAL_BYTES: usize = 20;
+/// Least packet size of a network card (virtio 1.2 §5.1.4.1 allows less, IPv6 doesn't).
+const MIN_MTU: u16 = 1280;
 const MAX_TAG_BYTES: usize = 36;
 
 /// The document as written, devices not yet looked at.
@@ -208,11 +210,18 @@ fn check_device(path: &str, device: &DeviceConfig) -> Result<(), ConfigError> {
                 "only a qcow2 image can have one",
             )
         }
-        DeviceConfig::Net(net) => require(
-            format!("{path}.tap_fds"),
-            !net.tap_fds.is_empty(),
-            "needs at least one TAP device",
-        ),
+        DeviceConfig::Net(net) => {
+            require(
+                format!("{path}.tap_fds"),
+                net.tap_fds.is_empty() == net.link_fd.is_some(),
+                "needs either TAP devices or a link_fd",
+            )?;
+            require(
+                format!("{path}.mtu"),
+                net.mtu.is_none_or(|mtu| mtu >= MIN_MTU),
+                format!("is less than {MIN_MTU}, which IPv6 needs"),
+            )
+        }
         DeviceConfig::Vsock(vsock) => require(
             format!("{path}.cid"),
             CIDS.contains(&vsock.cid),

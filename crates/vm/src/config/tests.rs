@@ -130,6 +130,8 @@ fn wrong_fields_are_named_by_their_path() {
             "devices[2].mac",
         ),
         ("/devices/2/tap_fds", json!([]), "devices[2].tap_fds"),
+        ("/devices/2/link_fd", json!(20), "devices[2].tap_fds"),
+        ("/devices/2/mtu", json!(1279), "devices[2].mtu"),
         ("/devices/3/cid", json!(2), "devices[3].cid"),
         ("/devices/4/seed", json!(1), "devices[4].seed"),
         ("/devices/6/tag", json!("x".repeat(37)), "devices[6].tag"),
