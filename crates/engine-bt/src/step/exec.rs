@@ -258,23 +258,22 @@ impl Core {
         let plan = ScratchPlan::new(instruction, memory)
             .ok_or_else(|| crate::dispatch::bug(format!("cannot run {instruction:?} alone")))?;
         let shared = std::sync::Arc::clone(&self.shared);
-        match shared.code.scratch(&plan.bytes, || plan.build()) {
+        match shared.code.scratch(&plan.code.code, || plan.build()) {
             Ok(code) => Ok(code),
             Err(crate::code::Full) => {
                 self.empty_code_cache()?;
                 shared
                     .code
-                    .scratch(&plan.bytes, || plan.build())
+                    .scratch(&plan.code.code, || plan.build())
                     .map_err(|_| crate::dispatch::bug("an empty code cache is full".to_owned()))
             }
         }
     }
 }
 
-/// How an instruction is run alone: the key of its scratch block and its code.
+/// How an instruction is run alone. The whole of its code is the key of its scratch block: the
+/// instruction in the middle doesn't tell which of its registers stand in for others.
 struct ScratchPlan {
-    /// The re-encoded instruction: equal bytes run the same way.
-    bytes: Vec<u8>,
     code: Asm,
     gate: usize,
 }
@@ -312,8 +311,7 @@ impl ScratchPlan {
         }
         let mut encoder = Encoder::try_new(64).ok()?;
         encoder.encode(&alone, 0).ok()?;
-        let encoded = encoder.take_buffer();
-        asm.bytes(&encoded);
+        asm.bytes(&encoder.take_buffer());
         for &(register, slot) in &borrowed {
             if slot == 1 {
                 asm.store(Mem::gs(hot!(gpr, 11)), register);
@@ -325,13 +323,7 @@ impl ScratchPlan {
         }
         asm.store(Mem::gs(hot!(gpr, 10)), T1);
         let gate = asm.jmp().0;
-        let mut bytes = encoded;
-        bytes.push(u8::from(memory));
-        Some(Self {
-            bytes,
-            code: asm,
-            gate,
-        })
+        Some(Self { code: asm, gate })
     }
 
     fn build(&self) -> NewBlock {
@@ -429,4 +421,26 @@ pub(crate) fn uses_fpu(instruction: &Instruction) -> bool {
             | Mnemonic::Xgetbv
             | Mnemonic::Xsetbv
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::Code;
+    use iced_x86::MemoryOperand;
+
+    use super::*;
+
+    #[test]
+    fn a_stand_in_register_makes_another_scratch_block() {
+        let load = |to| {
+            let from = MemoryOperand::with_base(Register::RSI);
+            let instruction = Instruction::with2(Code::Mov_r64_rm64, to, from).expect("valid");
+            ScratchPlan::new(&instruction, true)
+                .expect("encodes")
+                .code
+                .code
+        };
+        // R11 is loaded through RBX, whose own load looks the same in the middle.
+        assert_ne!(load(Register::R11), load(Register::RBX));
+    }
 }
