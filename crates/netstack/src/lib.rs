@@ -5,7 +5,10 @@
 //! socket to another program.
 
 // UNSAFETY: TAP devices are set up by ioctl, and sockets by options, without safe wrappers.
-#![expect(unsafe_code, reason = "TAP devices and sockets are set up by system calls")]
+#![expect(
+    unsafe_code,
+    reason = "TAP devices and sockets are set up by system calls"
+)]
 
 mod backend;
 mod link;

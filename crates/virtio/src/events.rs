@@ -72,6 +72,8 @@ pub struct EventLoop {
     turn: Mutex<()>,
     wake: EventFd,
     stopping: AtomicBool,
+    /// How long to look for more events before sleeping.
+    linger: Duration,
 }
 
 impl std::fmt::Debug for EventLoop {
@@ -92,6 +94,8 @@ impl EventLoop {
     /// # Errors
     /// When the process is out of descriptors.
     pub fn new() -> io::Result<Arc<Self>> {
+        // Asked here, since it reads files: the thread of a jailed process can't.
+        let alone = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1);
         let new = Self {
             epoll: Epoll::new()?,
             handlers: Mutex::default(),
@@ -99,6 +103,7 @@ impl EventLoop {
             turn: Mutex::default(),
             wake: EventFd::new(EFD_NONBLOCK)?,
             stopping: AtomicBool::new(false),
+            linger: if alone { Duration::ZERO } else { LINGER },
         };
         new.control(
             ControlOperation::Add,
@@ -142,8 +147,7 @@ impl EventLoop {
     /// # Errors
     /// When waiting fails: the host is broken.
     pub fn run(&self) -> io::Result<()> {
-        let alone = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1);
-        let mut pace = Pace::new(if alone { Duration::ZERO } else { LINGER });
+        let mut pace = Pace::new(self.linger);
         while !self.stopping.load(Ordering::SeqCst) {
             if pace.lingers(Instant::now()) {
                 if self.run_once(0)? > 0 {
