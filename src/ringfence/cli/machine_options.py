@@ -1,0 +1,171 @@
+"""The options that say what a machine is, as the verbs that make one share them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from ringfence.errors import ConfigError
+from ringfence.machine.options import MachineOptions, spec_from
+from ringfence.machine.spec import ENGINES, Mount
+
+if TYPE_CHECKING:
+    from ringfence.machine.spec import MachineSpec
+
+__all__ = ["add_machine_options", "add_process_options", "environment", "machine_spec"]
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says what the machine is."""
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--name", default="", help="its name; made up unless given")
+    machine.add_argument(
+        "--engine", default="auto", metavar="ENGINE",
+        help=f"{', '.join(ENGINES)}: what runs it (auto: the best real machine here, as measured)",
+    )  # fmt: skip
+    machine.add_argument("--vcpus", type=int, default=1, metavar="N", help="virtual processors (1)")
+    machine.add_argument("-m", "--memory", default="512M", metavar="SIZE", help="RAM (512M)")
+    machine.add_argument(
+        "--kernel", metavar="VERSION|PATH", help="the guest's kernel (the newest at hand)"
+    )
+    machine.add_argument("--hostname", default="", metavar="NAME", help="its name for itself")
+    machine.add_argument(
+        "--network", default="none", metavar="MODE", help="how it is connected (none)"
+    )
+    machine.add_argument(
+        "-p", "--publish", action="append", default=[], metavar="HOST:GUEST",
+        help="publish a port of it on the host",
+    )  # fmt: skip
+    files = parser.add_argument_group("its files (the host's own programs unless said otherwise)")
+    files.add_argument("--image", metavar="REFERENCE", help="an OCI image")
+    files.add_argument("--root", metavar="DIRECTORY", help="a directory of the host")
+    files.add_argument("--disk", metavar="FILE", help="a disk image, together with --disk-format")
+    files.add_argument("--disk-format", metavar="FORMAT", help="raw or qcow2: never guessed")
+    files.add_argument(
+        "--writable", action="store_true",
+        help="changes go to the directory or disk itself, not to memory",
+    )  # fmt: skip
+    files.add_argument(
+        "-v", "--mount", action="append", default=[], metavar="SRC:DST[:ro]",
+        help="a directory or file of the host",
+    )  # fmt: skip
+    files.add_argument(
+        "--here", action="store_const", const="ro",
+        help="this directory, read only, as the working directory",
+    )  # fmt: skip
+    # A value is only ever part of the word, so that a command may follow.
+    files.add_argument(
+        "--here=rw", dest="here", action="store_const", const="rw", help="likewise, writable"
+    )
+    files.add_argument(
+        "--here=ro", dest="here", action="store_const", const="ro", help=argparse.SUPPRESS
+    )
+    times = parser.add_argument_group("times, in seconds")
+    times.add_argument("--timeout", type=float, metavar="S", help="the command's")
+    times.add_argument(
+        "--machine-timeout", type=float, metavar="S", help="the machine's whole life"
+    )
+    times.add_argument(
+        "--idle-timeout", type=float, metavar="S", help="without any command running"
+    )
+    times.add_argument(
+        "--boot-timeout",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="until it takes commands (120)",
+    )
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how a command runs."""
+    command = parser.add_argument_group("the command")
+    command.add_argument("-w", "--workdir", default="", metavar="DIR", help="where it runs (/)")
+    command.add_argument(
+        "-u", "--user", default="", metavar="USER[:GROUP]", help="who runs it (root)"
+    )
+    command.add_argument(
+        "-e", "--env", action="append", default=[], metavar="NAME[=VALUE]",
+        help="its environment; without a value the host's",
+    )  # fmt: skip
+    command.add_argument(
+        "-t", "--tty", action="store_true", default=None,
+        help="give it a terminal (as it is when standard input and output are one)",
+    )  # fmt: skip
+    command.add_argument("-T", "--no-tty", dest="tty", action="store_false", help="give it none")
+    command.add_argument(
+        "-i", "--interactive", action="store_true", default=None,
+        help="pass standard input on (as is done unless in the background)",
+    )  # fmt: skip
+
+
+def environment(given: list[str]) -> dict[str, str]:
+    """Variables as ``NAME=VALUE``, or ``NAME`` for the host's own value.
+
+    Raises:
+        ConfigError: A name is empty.
+    """
+    import os  # noqa: PLC0415 - the module is for one function only
+
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not name:
+            message = f"{text!r} is not an environment variable"
+            raise ConfigError(message, hint="write NAME=VALUE, or NAME for the host's own value")
+        if equals:
+            found[name] = value
+        elif name in os.environ:
+            found[name] = os.environ[name]
+    return found
+
+
+def machine_spec(args: argparse.Namespace) -> MachineSpec:
+    """The specification that the options stand for.
+
+    Raises:
+        ConfigError: They contradict one another, or a value isn't possible.
+    """
+    mounts = [Mount.parse(text) for text in args.mount]
+    workdir = args.workdir
+    if args.here:
+        here = Path.cwd()
+        if here == Path("/"):
+            message = "--here can't share the whole host: the current directory is /"
+            raise ConfigError(message, hint="change into the directory that the command needs")
+        target = PurePosixPath(here)
+        mounts.append(Mount(source=here, target=target, read_only=args.here != "rw"))
+        workdir = workdir or str(target)
+    options: MachineOptions = {
+        "name": args.name,
+        "engine": args.engine,
+        "vcpus": args.vcpus,
+        "memory": args.memory,
+        "mounts": mounts,
+        "workdir": workdir,
+        "env": environment(args.env),
+        "user": args.user,
+        "network": args.network,
+        "ports": args.publish,
+        "hostname": args.hostname,
+        "boot_timeout_s": args.boot_timeout,
+        "writable": args.writable,
+    }
+    if args.kernel is not None:
+        options["kernel"] = args.kernel
+    if args.image is not None:
+        options["image"] = args.image
+    if args.root is not None:
+        options["root"] = args.root
+    if args.disk is not None:
+        options["disk"] = args.disk
+    if args.disk_format is not None:
+        options["disk_format"] = args.disk_format
+    if args.timeout is not None:
+        options["command_timeout_s"] = args.timeout
+    if args.machine_timeout is not None:
+        options["timeout_s"] = args.machine_timeout
+    if args.idle_timeout is not None:
+        options["idle_timeout_s"] = args.idle_timeout
+    return spec_from(options)

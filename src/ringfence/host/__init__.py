@@ -1,0 +1,3 @@
+"""What this host can do, as measured, and why not."""
+
+from __future__ import annotations

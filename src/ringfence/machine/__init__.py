@@ -1,0 +1,3 @@
+"""Machines: what they are, which engine runs them, and their lives."""
+
+from __future__ import annotations

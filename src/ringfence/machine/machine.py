@@ -1,0 +1,350 @@
+"""The machine that a user holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+import warnings
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Self, Unpack
+
+from ringfence.errors import (
+    ConfigError,
+    GuestCrash,
+    GuestTimeout,
+    HostError,
+    RingfenceError,
+    StateError,
+)
+from ringfence.machine import engines, names, state
+from ringfence.machine.commands import CommandDefaults, Commands
+from ringfence.machine.control_server import SOCKET_NAME, ControlServer
+from ringfence.machine.driver import Place
+from ringfence.machine.options import MachineOptions, spec_from
+from ringfence.machine.phases import Phases
+from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot, MachineSpec
+from ringfence.machine.watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from ringfence.machine.driver import AgentLike, Ending, Running
+
+__all__ = ["Machine"]
+
+_STOP_GRACE_S = 10.0
+
+
+class Machine(Commands):
+    """An isolated machine. A context manager: entering starts it, leaving destroys it.
+
+    Args:
+        spec: What it is; else say it by keywords.
+        command: What it is started for, as ``ps`` shows it.
+        keep: Its record and logs outlive it, until ``ringfence rm``.
+        phases: Is told how long each part of the start takes.
+        **options: See :class:`ringfence.machine.options.MachineOptions`.
+
+    Raises:
+        ConfigError: What is asked for isn't possible.
+
+    Example:
+        >>> with Machine(memory="1G") as machine:                 # doctest: +SKIP
+        ...     print(machine.run(["uname", "-r"]).stdout)
+    """
+
+    def __init__(
+        self,
+        spec: MachineSpec | None = None,
+        *,
+        command: tuple[str, ...] = (),
+        keep: bool = False,
+        phases: Phases | None = None,
+        **options: Unpack[MachineOptions],
+    ) -> None:
+        if spec is not None and options:
+            message = "give a machine either a specification or keywords, not both"
+            raise ConfigError(message)
+        self._spec = spec if spec is not None else spec_from(options)
+        self._command = command
+        self._keep = keep
+        self._phases = phases or Phases()
+        self._lock = threading.RLock()
+        self._entry: state.Entry | None = None
+        self._running: Running | None = None
+        self._ended_by: RingfenceError | None = None
+        self._resources = ExitStack()
+        self._watch: Watch | None = None
+        self._closed = False
+        self._reason = ""
+        self._defaults = CommandDefaults(
+            env=self._spec.env,
+            workdir=self._spec.workdir,
+            user=self._spec.user,
+            timeout_s=self._spec.timeouts.command_s,
+        )
+
+    def start(self) -> Self:
+        """Starts it and waits until it takes commands.
+
+        Raises:
+            StateError: It was started before.
+            RingfenceError: It can't be started, by whose fault it is; nothing is left behind.
+        """
+        with self._lock:
+            if self._closed or self._running is not None:
+                message = "a machine is started once"
+                raise StateError(message, hint="make another with the same specification")
+            choice = engines.choose(self._spec.engine)
+            self._reason = choice.reason
+            self._spec = dataclasses.replace(self._spec, engine=choice.engine)  # type: ignore[arg-type]
+            driver = engines.load_driver(choice.engine)
+            begin = time.perf_counter()
+            entry = state.create(self._record())
+            try:
+                self._running = driver.start(self._spec, self._place(entry), self._phases)
+                self._entered(entry, self._running)
+            except BaseException:
+                self.close()
+                entry.remove()
+                raise
+            self._phases.add("total", time.perf_counter() - begin)
+        return self
+
+    def _entered(self, entry: state.Entry, running: Running) -> None:
+        """What follows once it runs."""
+        self._entry = entry
+        self.make_workdir()
+        info = running.info
+        entry.update(status="running", vm_pid=info.pid, kernel=info.kernel)
+        methods = {
+            "stats": lambda request: dict(
+                running.stats(engine_counters=bool(request.get("engine_counters")))
+            ),
+            "inspect": lambda _: dict(running.inspect()),
+            "pause": lambda _: self._answered(self.pause),
+            "resume": lambda _: self._answered(self.resume),
+            "stop": lambda request: self._answered(
+                lambda: self.stop(float(str(request.get("timeout_s", _STOP_GRACE_S))))
+            ),
+            "kill": lambda _: self._answered(self.kill),
+        }
+        self._resources.callback(ControlServer(entry.sockets / SOCKET_NAME, methods).close)
+        self._watch = Watch(self._spec.timeouts, self._time_is_up)
+        self._resources.callback(self._watch.close)
+
+    @staticmethod
+    def _answered(act: object) -> dict[str, object]:
+        if callable(act):
+            act()
+        return {}
+
+    def _record(self) -> state.Record:
+        spec = self._spec
+        return state.Record(
+            id=names.new_id(),
+            name=spec.name,
+            engine=spec.engine,
+            command=self._command,
+            root=_root_words(spec),
+            vcpus=spec.vcpus,
+            memory_mib=spec.memory_mib,
+            network=spec.network,
+            remove=not self._keep,
+            user=spec.user,
+            workdir=spec.workdir,
+            env=tuple(spec.env.items()),
+        )
+
+    @staticmethod
+    def _place(entry: state.Entry) -> Place:
+        record = entry.record
+        return Place(
+            machine_id=record.id, name=record.name, folder=entry.path, sockets=entry.sockets
+        )
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What it is; once it was started with the engine that was chosen."""
+        return self._spec
+
+    @property
+    def id(self) -> str:
+        """Its ID; empty before it was started."""
+        return self._entry.record.id if self._entry else ""
+
+    @property
+    def name(self) -> str:
+        """Its name; made up at the start if none was given."""
+        return self._entry.record.name if self._entry else self._spec.name
+
+    @property
+    def engine(self) -> str:
+        """What runs it."""
+        return self._spec.engine
+
+    @property
+    def engine_reason(self) -> str:
+        """Why it is that engine."""
+        return self._reason
+
+    @property
+    def kernel(self) -> str:
+        """Its kernel's version."""
+        return self._entry.record.kernel if self._entry else ""
+
+    @property
+    def timing(self) -> Mapping[str, float]:
+        """How long each part of the start took, in seconds."""
+        return self._phases.seconds
+
+    @property
+    def entry(self) -> state.Entry:
+        """What is written of it.
+
+        Raises:
+            StateError: It was never started.
+        """
+        if self._entry is None:
+            message = "the machine was not started"
+            raise StateError(message, hint="use it with `with`, or call start()")
+        return self._entry
+
+    def _live(self) -> Running:
+        running = self._running
+        if self._ended_by is not None:
+            raise self._ended_by
+        if running is None or self._closed:
+            message = "the machine is closed" if self._closed else "the machine was not started"
+            raise StateError(message, hint="use it with `with`, or call start()")
+        return running
+
+    def _running_agent(self) -> AgentLike:
+        return self._live().agent
+
+    def _why_gone(self) -> RingfenceError | None:
+        if self._ended_by is None and self._running is not None:
+            ending = self._running.wait(2.0)
+            if ending is None:
+                return None
+            words = f"the machine {self.name} ended: {ending.message}\n{ending.detail}"
+            # The watch knows better why, if it was it.
+            return self._time_error() or GuestCrash(words.rstrip())
+        return self._ended_by
+
+    def _time_error(self) -> RingfenceError | None:
+        return self._ended_by
+
+    def _command_began(self) -> None:
+        if self._watch is not None:
+            self._watch.command_began()
+
+    def _command_ended(self) -> None:
+        if self._watch is not None:
+            self._watch.command_ended()
+
+    def _time_is_up(self, reason: str) -> None:
+        self._ended_by = GuestTimeout(f"the machine {self.name} was ended: {reason}")
+        if self._running is not None:
+            self._running.kill()
+
+    def pause(self) -> None:
+        """Stops it where it is; its memory stays."""
+        self._live().pause()
+        self.entry.update(status="paused")
+
+    def resume(self) -> None:
+        """Lets it go on."""
+        self._live().resume()
+        self.entry.update(status="running")
+
+    def stats(self, *, engine_counters: bool = False) -> Mapping[str, object]:
+        """What it uses of the host; with ``engine_counters`` those too."""
+        return self._live().stats(engine_counters=engine_counters)
+
+    def inspect(self) -> Mapping[str, object]:
+        """What it is made of."""
+        return self._live().inspect()
+
+    def wait(self, timeout_s: float | None = None) -> Ending | None:
+        """Waits until it ends; None when it still runs after that time."""
+        return self._live().wait(timeout_s)
+
+    def stop(self, timeout_s: float = _STOP_GRACE_S) -> None:
+        """Ends it in good order: commands end, disks are written; by force after that time."""
+        running = self._live()
+        with suppress(RingfenceError, OSError):
+            running.agent.power_off(grace_s=max(0.1, timeout_s / 2))
+        if running.wait(timeout_s) is None:
+            running.kill()
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self._live().kill()
+
+    @property
+    def keeps_changes(self) -> bool:
+        """Whether it changes anything that outlives it, so that it should end in good order."""
+        root = self._spec.root
+        direct = isinstance(root, DirectoryRoot | DiskRoot) and root.writable
+        return direct or any(not mount.read_only for mount in self._spec.mounts)
+
+    def close(self, *, exit_code: int | None = None) -> None:
+        """Destroys it: ends it if it still runs, and forgets it unless it is to be kept.
+
+        Args:
+            exit_code: How its command ended, to keep.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            if self._running is not None and self.keeps_changes and self._ended_by is None:
+                with suppress(RingfenceError):
+                    self.stop()
+            self._closed = True
+            self._resources.close()
+            if self._running is not None:
+                self._running.close()
+            if self._entry is not None:
+                self._forget(self._entry, exit_code)
+
+    def _forget(self, entry: state.Entry, exit_code: int | None) -> None:
+        if not self._keep:
+            entry.remove()
+            return
+        error = "" if self._ended_by is None else self._ended_by.message
+        with suppress(HostError):
+            entry.update(status="exited", exit_code=exit_code, error=error)
+        entry.release()
+
+    def __enter__(self) -> Self:
+        """Starts it."""
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Destroys it."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Warns when it was started and never closed; its end follows at once."""
+        if getattr(self, "_running", None) is not None and not self._closed:
+            message = f"the machine {self.name} was not closed"
+            warnings.warn(message, ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+
+def _root_words(spec: MachineSpec) -> str:
+    match spec.root:
+        case HostRoot():
+            return "host"
+        case DirectoryRoot(path=path) | DiskRoot(path=path):
+            return str(path)
+        case ImageRoot(reference=reference):
+            return reference

@@ -1,0 +1,147 @@
+"""What a machine is made of, said as keywords."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, cast
+
+from ringfence.errors import ConfigError
+from ringfence.machine.spec import (
+    DirectoryRoot,
+    DiskRoot,
+    HostRoot,
+    ImageRoot,
+    MachineSpec,
+    Mount,
+    Root,
+    Timeouts,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ringfence.machine.spec import DiskFormat, EngineName
+
+__all__ = ["MachineOptions", "memory_mib", "spec_from"]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_MIB = {"": 1.0, "k": 1 / 1024, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
+
+
+class MachineOptions(TypedDict, total=False):
+    """The keywords of :class:`ringfence.Machine` and :class:`ringfence.Sandbox`; all optional.
+
+    The root file system is the host's own programs unless one of ``image``, ``root`` and ``disk``
+    is given.
+    """
+
+    name: str
+    """As ``ringfence ps`` shows it."""
+    engine: EngineName
+    """``auto``, ``kvm``, ``bt`` or ``container``."""
+    vcpus: int
+    """Virtual processors."""
+    memory: int | str
+    """RAM in MiB, or as text: ``"2G"``."""
+    image: str
+    """An OCI image."""
+    root: str | Path
+    """A directory of the host."""
+    disk: str | Path
+    """A disk image; with it ``disk_format``."""
+    disk_format: DiskFormat
+    """``raw`` or ``qcow2``: never guessed."""
+    writable: bool
+    """Changes go to the directory or disk itself."""
+    mounts: Iterable[Mount | str]
+    """Parts of the host: ``"SRC:DST:ro"``."""
+    workdir: str
+    """Where commands run."""
+    env: Mapping[str, str]
+    """Environment of all commands."""
+    user: str
+    """Who runs commands."""
+    network: str
+    """How it is connected."""
+    ports: Iterable[str]
+    """Published ports, ``"HOST:GUEST"``."""
+    hostname: str
+    """Its name for itself."""
+    kernel: str | Path
+    """A kernel's version or image."""
+    timeout_s: float
+    """The machine's whole life."""
+    command_timeout_s: float
+    """Each command."""
+    idle_timeout_s: float
+    """Without any command."""
+    boot_timeout_s: float
+    """Until it takes commands."""
+
+
+def memory_mib(text: str | int) -> int:
+    """A size of memory in MiB: a number is MiB already; text has ``K``, ``M``, ``G`` or ``T``.
+
+    Raises:
+        ConfigError: It is no size.
+    """
+    if isinstance(text, int):
+        return text
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        message = f"{text!r} is not a size of memory"
+        raise ConfigError(message, hint="write it as 512M or 2G")
+    return int(float(found[1]) * _MIB[found[2].lower()])
+
+
+def spec_from(options: MachineOptions) -> MachineSpec:
+    """The specification that keywords stand for.
+
+    Raises:
+        ConfigError: Keywords contradict one another, or a value isn't possible.
+    """
+    mounts = options.get("mounts", ())
+    values: dict[str, object] = {
+        "root": _root(options),
+        "mounts": tuple(m if isinstance(m, Mount) else Mount.parse(m) for m in mounts),
+        "memory_mib": memory_mib(options.get("memory", 512)),
+        "ports": tuple(options.get("ports", ())),
+        "env": dict(options.get("env", {})),
+        "timeouts": Timeouts(
+            machine_s=options.get("timeout_s"),
+            command_s=options.get("command_timeout_s"),
+            idle_s=options.get("idle_timeout_s"),
+            boot_s=options.get("boot_timeout_s", 120.0),
+        ),
+    }
+    plain = ("name", "engine", "vcpus", "workdir", "user", "network", "hostname", "kernel")
+    given = cast("Mapping[str, object]", options)
+    values |= {key: given[key] for key in plain if key in given}
+    return MachineSpec(**values)  # type: ignore[arg-type]
+
+
+def _root(options: MachineOptions) -> Root:
+    given = [key for key in ("image", "root", "disk") if key in options]
+    if len(given) > 1:
+        message = f"a machine has one root file system, not both {given[0]} and {given[1]}"
+        raise ConfigError(message)
+    writable = options.get("writable", False)
+    if "image" in options:
+        return ImageRoot(reference=options["image"])
+    if "root" in options:
+        return DirectoryRoot(path=Path(options["root"]).expanduser().absolute(), writable=writable)
+    if "disk" in options:
+        path = Path(options["disk"]).expanduser().absolute()
+        disk_format = options.get("disk_format")
+        if disk_format is None:
+            message = f"the format of the disk image {path} is not said, and it is never guessed"
+            raise ConfigError(message, hint="add the format: raw or qcow2")
+        if disk_format not in ("raw", "qcow2"):
+            message = f"{disk_format!r} is not a format of disk images"
+            raise ConfigError(message, hint="raw and qcow2 are known")
+        return DiskRoot(path=path, format=disk_format, writable=writable)
+    if writable:
+        message = "the host's own programs can't be made writable"
+        raise ConfigError(message, hint="give a directory, a disk or an image as the root")
+    return HostRoot()

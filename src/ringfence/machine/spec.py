@@ -1,0 +1,246 @@
+"""What a machine is: everything that is said before it starts, checked when it is said."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, Self
+
+from ringfence.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "DirectoryRoot",
+    "DiskFormat",
+    "DiskRoot",
+    "EngineName",
+    "HostRoot",
+    "ImageRoot",
+    "MachineSpec",
+    "Mount",
+    "Root",
+    "Timeouts",
+]
+
+EngineName = Literal["auto", "kvm", "bt", "container"]
+ENGINES: tuple[EngineName, ...] = ("auto", "kvm", "bt", "container")
+
+DiskFormat = Literal["raw", "qcow2"]
+
+MIN_MEMORY_MIB = 64
+MAX_VCPUS = 32
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
+_HOSTNAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostRoot:
+    """The host's own programs, read only, under a writable layer in memory.
+
+    ``/usr`` and what belongs to it, and ``/etc`` without secrets. No home directories, keys or
+    sockets.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectoryRoot:
+    """A directory of the host as the root file system.
+
+    Args:
+        path: The directory.
+        writable: The guest changes the directory itself; else its changes stay in memory.
+    """
+
+    path: Path
+    writable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRoot:
+    """A disk image as the root file system.
+
+    Args:
+        path: The image file.
+        format: How it is stored. Always said, never guessed: a guest can write any header.
+        writable: The guest changes the image itself; else its changes stay in memory.
+        partition: The partition's number; 0 is the whole disk.
+        filesystem: What is on it, as ``mount -t`` names it.
+    """
+
+    path: Path
+    format: DiskFormat
+    writable: bool = False
+    partition: int = 0
+    filesystem: str = "ext4"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRoot:
+    """An OCI image as the root file system.
+
+    Args:
+        reference: As registries name it: ``debian:12``.
+    """
+
+    reference: str
+
+
+Root = HostRoot | DirectoryRoot | DiskRoot | ImageRoot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """A directory or file of the host that the guest sees.
+
+    Args:
+        source: On the host.
+        target: Absolute path in the guest.
+        read_only: The guest can't change it.
+    """
+
+    source: Path
+    target: PurePosixPath
+    read_only: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the target.
+
+        Raises:
+            ConfigError: It isn't an absolute path of plain names.
+        """
+        if not self.target.is_absolute() or ".." in self.target.parts or len(self.target.parts) < 2:
+            message = f"a mount's target must be an absolute path below /, not {str(self.target)!r}"
+            raise ConfigError(message)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A mount as the command line writes it: ``SRC:DST[:ro|:rw]``.
+
+        Raises:
+            ConfigError: It isn't of that form.
+        """
+        source, *rest = text.split(":")
+        if (
+            not source
+            or len(rest) not in (1, 2)
+            or (len(rest) == 2 and rest[1] not in ("ro", "rw"))
+        ):
+            message = f"{text!r} is not a mount"
+            raise ConfigError(message, hint="write SRC:DST, SRC:DST:ro or SRC:DST:rw")
+        # Docker's habit: writable unless said.
+        read_only = len(rest) == 2 and rest[1] == "ro"
+        source_path = Path(source).expanduser().absolute()
+        return cls(source=source_path, target=PurePosixPath(rest[0]), read_only=read_only)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """How long things may take, in seconds; None is without end.
+
+    Args:
+        machine_s: The machine's whole life, from start.
+        command_s: Each command.
+        idle_s: Without any command running.
+        boot_s: From start until the guest takes commands.
+    """
+
+    machine_s: float | None = None
+    command_s: float | None = None
+    idle_s: float | None = None
+    boot_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        """Checks that every time is positive.
+
+        Raises:
+            ConfigError: One isn't.
+        """
+        for name in ("machine_s", "command_s", "idle_s", "boot_s"):
+            value: float | None = getattr(self, name)
+            if value is not None and not value > 0:
+                message = f"the timeout {name} must be more than 0 seconds, not {value}"
+                raise ConfigError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineSpec:
+    """Everything that is said of a machine before it starts.
+
+    Args:
+        name: As ``ps`` shows it; made up when empty.
+        engine: What runs it; ``auto`` takes the best that this host has, as measured.
+        vcpus: Virtual processors, 1 to 32.
+        memory_mib: RAM.
+        root: Its root file system.
+        mounts: Further parts of the host that it sees.
+        workdir: Where commands run; made in the guest when missing.
+        env: Added to each command's environment.
+        user: Who runs commands: ``NAME``, ``UID`` or ``UID:GID``.
+        network: How it is connected: ``none``, ``user``, ``nat``, ... or a network's name.
+        ports: Published ports, as ``HOST:GUEST``.
+        hostname: Its name for itself; the machine's name when empty.
+        kernel: A kernel's version or image; the newest at hand when None.
+        timeouts: How long things may take.
+
+    Raises:
+        ConfigError: A value is outside of what is possible.
+    """
+
+    name: str = ""
+    engine: EngineName = "auto"
+    vcpus: int = 1
+    memory_mib: int = 512
+    root: Root = field(default_factory=HostRoot)
+    mounts: tuple[Mount, ...] = ()
+    workdir: str = ""
+    env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    user: str = ""
+    network: str = "none"
+    ports: tuple[str, ...] = ()
+    hostname: str = ""
+    kernel: str | Path | None = None
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without looking at the host."""
+        if self.name and not _NAME.fullmatch(self.name):
+            message = f"{self.name!r} is not a name for a machine"
+            hint = "use letters, digits, '_', '.' and '-', at most 63, a letter or digit first"
+            raise ConfigError(message, hint=hint)
+        if self.hostname and not _HOSTNAME.fullmatch(self.hostname):
+            message = f"{self.hostname!r} is not a host name"
+            raise ConfigError(message, hint="use letters, digits and '-', at most 63")
+        if self.engine not in ENGINES:
+            message = f"there is no engine {self.engine!r}"
+            raise ConfigError(message, hint=f"choose one of {', '.join(ENGINES)}")
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            message = f"a machine has 1 to {MAX_VCPUS} vCPUs, not {self.vcpus}"
+            raise ConfigError(message)
+        if self.memory_mib < MIN_MEMORY_MIB:
+            message = (
+                f"a machine needs at least {MIN_MEMORY_MIB} MiB of memory, not {self.memory_mib}"
+            )
+            raise ConfigError(message)
+        if self.workdir and not self.workdir.startswith("/"):
+            message = f"the working directory must be an absolute path, not {self.workdir!r}"
+            raise ConfigError(message)
+        self._check_mounts()
+        self._check_env()
+
+    def _check_mounts(self) -> None:
+        targets = [mount.target for mount in self.mounts]
+        for target in targets:
+            if targets.count(target) > 1:
+                message = f"two mounts have the same target {target}"
+                raise ConfigError(message)
+
+    def _check_env(self) -> None:
+        for name, value in self.env.items():
+            if not name or "=" in name or "\0" in name + value:
+                message = f"{name!r} can't be the name of an environment variable"
+                raise ConfigError(message)

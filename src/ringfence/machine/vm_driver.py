@@ -1,0 +1,243 @@
+"""Real machines: a VM process with a guest kernel, by the engines ``kvm`` and ``bt``."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
+
+from ringfence import _binaries
+from ringfence.errors import AgentError, GuestTimeout, StateError
+from ringfence.guest import initramfs, kernels
+from ringfence.guest.agent import Agent, connect_vsock
+from ringfence.guest.spec import GuestSetup
+from ringfence.machine import check, host_root, network_plan, root_plan, sockets
+from ringfence.machine.document import Document
+from ringfence.machine.driver import Driver, RunningInfo
+from ringfence.machine.spec import HostRoot
+from ringfence.machine.vm_process import VmProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ringfence.guest.spec import InterfaceSpec, MountSpec, RootSpec
+    from ringfence.machine.driver import AgentLike, Ending, Place
+    from ringfence.machine.phases import Phases
+    from ringfence.machine.spec import MachineSpec
+
+__all__ = ["VmDriver", "VmMachine", "driver"]
+
+# Each VM process has a vsock of its own, so all guests may have the same address.
+_CID = 3
+_VSOCK = "vsock"
+_POWER_OFF_GRACE_S = 5.0
+
+# What the guest's kernel is told. A panic ends the machine; the agent is its first program.
+_CMDLINE = "console=ttyS0 quiet loglevel=3 panic=-1 8250.nr_uarts=1 random.trust_cpu=on"
+
+
+def driver() -> Driver:
+    """The driver of this module's engines."""
+    return VmDriver()
+
+
+class VmDriver:
+    """Starts VM processes."""
+
+    def start(self, spec: MachineSpec, place: Place, phases: Phases) -> VmMachine:
+        """Starts a machine and waits until its agent has set it up.
+
+        Raises:
+            RingfenceError: See :meth:`ringfence.machine.driver.Driver.start`.
+        """
+        with phases.measure("check"):
+            check.check_host(spec)
+        with ExitStack() as stack:
+            machine = _launch(spec, place, phases, stack)
+            machine.own(stack.pop_all())
+        return machine
+
+    def attach(self, place: Place) -> AgentLike:
+        """Reaches a machine that another process started.
+
+        Raises:
+            StateError: It doesn't answer.
+        """
+        path = place.sockets / _VSOCK
+        if not path.exists():
+            message = f"the machine {place.name} is not running"
+            raise StateError(message, hint=f"ringfence inspect {place.name} says how it ended")
+        return Agent.attach(lambda: connect_vsock(path))
+
+
+class VmMachine:
+    """A machine in a VM process.
+
+    Args:
+        process: The VM process.
+        agent: The guest's agent, set up.
+        info: What is known of it.
+    """
+
+    def __init__(self, process: VmProcess, agent: AgentLike, info: RunningInfo) -> None:
+        self._process = process
+        self._agent = agent
+        self._info = info
+        self._resources = ExitStack()
+
+    def own(self, resources: ExitStack) -> None:
+        """Takes over what is to be closed with it."""
+        self._resources = resources
+
+    @property
+    def agent(self) -> AgentLike:
+        """Runs commands in it."""
+        return self._agent
+
+    @property
+    def info(self) -> RunningInfo:
+        """What is known of it."""
+        return self._info
+
+    def pause(self) -> None:
+        """Holds its vCPUs."""
+        self._process.control.call("pause")
+
+    def resume(self) -> None:
+        """Lets its vCPUs go on, with the right time."""
+        self._process.control.call("resume")
+
+    def kill(self) -> None:
+        """Ends it as pulling the plug does."""
+        self._process.kill()
+
+    def wait(self, timeout_s: float | None = None) -> Ending | None:
+        """How it ended; None when it still runs after that time."""
+        return self._process.wait(timeout_s)
+
+    def stats(self, *, engine_counters: bool = False) -> Mapping[str, object]:
+        """What the VM process uses of the host, and its devices' counters."""
+        found = dict(self._process.control.call("stats"))
+        if engine_counters:
+            found["engine"] = self._process.control.call("counters")
+        return found
+
+    def inspect(self) -> Mapping[str, object]:
+        """What the VM process says of the machine."""
+        return self._process.control.call("inspect")
+
+    def close(self) -> None:
+        """Ends it if it still runs, and leaves nothing behind."""
+        self._resources.close()
+
+
+def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -> VmMachine:
+    with phases.measure("kernel"):
+        kernel = kernels.find(spec.kernel)
+    with phases.measure("initramfs"):
+        image = initramfs.build(kernel, _binaries.find("ringfence-agent"))
+    document = Document(
+        name=place.name, engine=spec.engine, memory_mib=spec.memory_mib, vcpus=spec.vcpus
+    )
+    with document, phases.measure("vm process"):
+        root = root_plan.add_root(document, spec.root)
+        mounts = root_plan.add_mounts(document, spec.mounts, _owner(spec))
+        interfaces = network_plan.add_networks(document, spec, place, stack)
+        document.set(
+            "boot",
+            {
+                "kernel_fd": document.give_file(kernel.image),
+                "initramfs_fd": document.give_file(image),
+                "cmdline": _CMDLINE,
+            },
+        )
+        document.add_device("rng")
+        document.add_device("balloon")
+        handout = _add_vsock(document, place, stack)
+        process = VmProcess(document, place)
+        stack.callback(process.kill)
+        process.wait_ready()
+    setup = _setup(spec, place, root, mounts, interfaces)
+    agent = _bring_up(process, handout, place, setup, spec.timeouts.boot_s, phases)
+    stack.callback(agent.close)
+    info = RunningInfo(engine=spec.engine, pid=process.pid, kernel=agent.kernel)
+    return VmMachine(process, agent, info)
+
+
+def _add_vsock(document: Document, place: Place, stack: ExitStack) -> socket.socket:
+    """Adds the guest's sockets, and returns where its own connections are handed out."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stack.callback(ours.close)
+    path = place.sockets / _VSOCK
+    listener = sockets.listen(path)
+    stack.callback(_remove, path)
+    document.add_device(
+        "vsock",
+        cid=_CID,
+        listen_fd=document.give(listener.detach()),
+        handout_fd=document.give(theirs.detach()),
+    )
+    return ours
+
+
+def _remove(path: os.PathLike[str]) -> None:
+    with suppress(OSError):
+        os.unlink(path)  # noqa: PTH108 - any kind of path
+    with suppress(OSError):
+        os.rmdir(os.path.dirname(path))  # noqa: PTH106, PTH120 - likewise
+
+
+def _setup(
+    spec: MachineSpec,
+    place: Place,
+    root: RootSpec,
+    mounts: list[MountSpec],
+    interfaces: list[InterfaceSpec],
+) -> GuestSetup:
+    return GuestSetup(
+        root=root,
+        hostname=spec.hostname or place.name.replace("_", "-").replace(".", "-")[:63],
+        mounts=tuple(mounts),
+        interfaces=tuple(interfaces),
+    )
+
+
+def _bring_up(
+    process: VmProcess,
+    handout: socket.socket,
+    place: Place,
+    setup: GuestSetup,
+    boot_s: float,
+    phases: Phases,
+) -> Agent:
+    """Waits for the guest's agent and tells it what its machine is."""
+    path = place.sockets / _VSOCK
+    try:
+        with phases.measure("kernel boot"):
+            agent = Agent.accept(handout, lambda: connect_vsock(path), boot_s)
+        with phases.measure("guest setup"):
+            agent.setup(setup, timeout_s=boot_s)
+    except GuestTimeout as error:
+        log = place.folder / "console.log"
+        tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
+        message = f"the guest was not ready after {boot_s:.0f} s\n{tail}".rstrip()
+        raise GuestTimeout(message, hint="give it more: --boot-timeout SECONDS") from error
+    except (AgentError, OSError) as error:
+        if process.wait(1.0) is None:
+            raise
+        raise process.failure() from error
+    return agent
+
+
+def _owner(spec: MachineSpec) -> tuple[int, int]:
+    """The guest's user and group that own mounted files: those who run the commands."""
+    user, _, group = spec.user.partition(":")
+    if user.isdigit():
+        return int(user), int(group) if group.isdigit() else int(user)
+    if user and isinstance(spec.root, HostRoot):
+        for line in host_root.passwd_lines():
+            fields = line.split(":")
+            if fields[0] == user:
+                return int(fields[2]), int(fields[3])
+    return 0, 0
