@@ -13,8 +13,9 @@ PYTHON_LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"_paths", "_binaries", "_native"}),
     frozenset({"lowlevel", "guest", "image", "network", "host"}),
-    frozenset({"container"}),
     frozenset({"machine"}),
+    # Its driver speaks machine's interface; machine finds it by name.
+    frozenset({"container"}),
     frozenset({"sandbox", "aio", "snapshot"}),
     frozenset({"cli", "api"}),
 )
