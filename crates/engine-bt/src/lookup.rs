@@ -3,6 +3,7 @@
 // UNSAFETY: reads code bytes out of guest memory.
 #![expect(unsafe_code, reason = "guest memory is reached by pointer")]
 
+use std::io;
 use std::sync::Arc;
 
 use ringfence_engine::EngineError;
@@ -23,6 +24,13 @@ use crate::window::Table;
 use crate::window::page_index;
 
 const PAGE: u64 = 4096;
+
+fn no_table(source: io::Error) -> EngineError {
+    EngineError::Host {
+        action: "map a part of the code table",
+        source,
+    }
+}
 
 impl Core {
     fn code_table(&self) -> Table {
@@ -52,13 +60,7 @@ impl Core {
         let offset = u16::try_from(linear % PAGE).unwrap_or(0);
         let index = page_index(linear);
         let table = self.code_table();
-        let entry = self
-            .windows
-            .code(table, index)
-            .map_err(|source| EngineError::Host {
-                action: "map a part of the code table",
-                source,
-            })?;
+        let entry = self.windows.code(table, index).map_err(no_table)?;
         let map = entry.wrapping_add(page.wrapping_mul(4));
         self.hot_mut().pc_base = page;
         if let Some(body) = self.shared.code.find(map, offset) {
@@ -93,7 +95,8 @@ impl Core {
                 Ok(Some(body)) => {
                     let map = self.shared.code.map(key).map_err(|_| self.full())?;
                     self.windows
-                        .fill(table, index, map_entry(map, page), found.global);
+                        .fill_code(table, index, map_entry(map, page), found.global)
+                        .map_err(no_table)?;
                     return Ok(body);
                 }
                 Ok(None) => {}

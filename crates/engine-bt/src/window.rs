@@ -273,13 +273,30 @@ impl Windows {
         address as *mut u64
     }
 
+    fn commit_code(&mut self, table: Table, index: u64) -> io::Result<()> {
+        match table {
+            Table::CodeUser => self.slots[self.current].code.commit(index),
+            _ => self.code_kernel.commit(index),
+        }
+    }
+
     /// The code map that the current window holds for a page, as the tables store it.
     pub(crate) fn code(&mut self, table: Table, index: u64) -> io::Result<u64> {
-        match table {
-            Table::CodeUser => self.slots[self.current].code.commit(index)?,
-            _ => self.code_kernel.commit(index)?,
-        }
+        self.commit_code(table, index)?;
         Ok(self.get(table, index))
+    }
+
+    /// Fills one entry of a current code table, whose part may have been given back meanwhile.
+    pub(crate) fn fill_code(
+        &mut self,
+        table: Table,
+        index: u64,
+        map: u64,
+        global: bool,
+    ) -> io::Result<()> {
+        self.commit_code(table, index)?;
+        self.fill(table, index, map, global);
+        Ok(())
     }
 
     /// Makes the part of a code table that holds host address `address` usable; false when the
