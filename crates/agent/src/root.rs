@@ -1,0 +1,280 @@
+//! The guest's root file system: put together from its layers, entered, and furnished.
+
+use crate::error::AgentError;
+use crate::error::Tried;
+use crate::message::Layer;
+use crate::message::LayerKind;
+use crate::message::Mount;
+use crate::message::MountKind;
+use crate::message::Root;
+use crate::message::Writable;
+use crate::modules::Modules;
+use crate::place::below;
+use crate::place::bind;
+use crate::place::block_device;
+use crate::place::make_directory;
+use crate::place::mount;
+use rustix::io::Errno;
+use rustix::mount::MountFlags;
+use rustix::mount::UnmountFlags;
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::path::PathBuf;
+
+/// Where the new root is put together, in the initramfs.
+const NEW_ROOT: &str = "/root";
+/// Where file systems are mounted before parts of them are shown elsewhere.
+const HIDDEN: &str = "/run/ringfence";
+
+/// Puts the root together and makes it the agent's.
+///
+/// # Errors
+///
+/// A layer isn't there, or the kernel refuses a step.
+pub(crate) fn enter(root: &Root, modules: &mut Modules) -> Result<(), AgentError> {
+    let mut hidden = Hidden::default();
+    let mut layers = Vec::new();
+    for layer in &root.layers {
+        let writable = root.writable == Writable::Direct;
+        layers.push(hidden.layer(layer, writable, modules)?);
+    }
+    let target = Path::new(NEW_ROOT);
+    match (root.writable, layers.as_slice()) {
+        (_, []) => return Err(AgentError::config("the root file system has no layers")),
+        (Writable::Direct, [layer]) => bind(layer, target, false)?,
+        (Writable::No, [layer]) => bind(layer, target, true)?,
+        (Writable::Direct, _) => {
+            let message = "writes can't go directly to a root of several layers";
+            return Err(AgentError::config(message));
+        }
+        (Writable::No, _) => overlay(&layers, None, modules)?,
+        (Writable::Overlay, _) => {
+            let upper = upper(root.upper_mib)?;
+            overlay(&layers, Some(&upper), modules)?;
+        }
+    }
+    switch(target)?;
+    furnish(root.writable)
+}
+
+/// The place in memory for what is written.
+fn upper(size_mib: Option<u64>) -> Result<PathBuf, AgentError> {
+    let place = Path::new("/run/upper");
+    let size = size_mib.map_or_else(String::new, |mib| format!(",size={mib}m"));
+    let options = format!("mode=755{size}");
+    mount("upper", place, "tmpfs", MountFlags::empty(), &options)?;
+    make_directory(&place.join("data"))?;
+    make_directory(&place.join("work"))?;
+    Ok(place.to_owned())
+}
+
+fn overlay(
+    layers: &[PathBuf],
+    upper: Option<&Path>,
+    modules: &mut Modules,
+) -> Result<(), AgentError> {
+    modules.load("overlay")?;
+    // Overlayfs wants the highest first. The option string has one page, so names are short.
+    let mut lower = Vec::new();
+    for (at, layer) in layers.iter().enumerate().rev() {
+        let short = format!("/l{at}");
+        symlink(layer, &short).tried(|| format!("cannot name layer {at}"))?;
+        lower.push(short);
+    }
+    if let (None, [_]) = (upper, lower.as_slice()) {
+        // A root of one layer isn't joined.
+        return bind(Path::new(&lower.concat()), Path::new(NEW_ROOT), true);
+    }
+    let mut options = format!("lowerdir={}", lower.join(":"));
+    let mut flags = MountFlags::empty();
+    match upper {
+        Some(place) => {
+            let place = place.display();
+            options = format!("{options},upperdir={place}/data,workdir={place}/work");
+        }
+        None => flags |= MountFlags::RDONLY,
+    }
+    mount("root", Path::new(NEW_ROOT), "overlay", flags, &options)
+}
+
+/// File systems that are mounted out of sight, one for each source.
+#[derive(Default)]
+struct Hidden {
+    places: BTreeMap<String, PathBuf>,
+}
+
+impl Hidden {
+    fn layer(
+        &mut self,
+        layer: &Layer,
+        writable: bool,
+        modules: &mut Modules,
+    ) -> Result<PathBuf, AgentError> {
+        let place = match layer.kind {
+            LayerKind::Directory => PathBuf::from("/"),
+            LayerKind::Virtiofs => self.virtiofs(&layer.source, modules)?,
+            LayerKind::Block => {
+                let read_only = !writable;
+                self.block(&layer.source, &layer.filesystem, "", read_only, modules)?
+            }
+        };
+        let subpath = match layer.kind {
+            LayerKind::Directory => &layer.source,
+            _ => &layer.subpath,
+        };
+        Ok(below(&place, subpath))
+    }
+
+    fn place(&self) -> PathBuf {
+        Path::new(HIDDEN).join(self.places.len().to_string())
+    }
+
+    /// Writes are refused where it is shown, if they are: the file system is one for all places.
+    fn virtiofs(&mut self, tag: &str, modules: &mut Modules) -> Result<PathBuf, AgentError> {
+        if let Some(place) = self.places.get(tag) {
+            return Ok(place.clone());
+        }
+        modules.load("virtiofs")?;
+        let place = self.place();
+        mount(tag, &place, "virtiofs", MountFlags::empty(), "")?;
+        self.places.insert(tag.to_owned(), place.clone());
+        Ok(place)
+    }
+
+    fn block(
+        &mut self,
+        source: &str,
+        filesystem: &str,
+        options: &str,
+        read_only: bool,
+        modules: &mut Modules,
+    ) -> Result<PathBuf, AgentError> {
+        if let Some(place) = self.places.get(source) {
+            return Ok(place.clone());
+        }
+        modules.load("virtio_blk")?;
+        modules.load(filesystem)?;
+        let device = block_device(source)?;
+        let device = device.to_string_lossy();
+        let place = self.place();
+        let flags = if read_only {
+            MountFlags::RDONLY
+        } else {
+            MountFlags::empty()
+        };
+        match mount(&device, &place, filesystem, flags, options) {
+            // A journal to replay on a disk that can't be written.
+            Err(error)
+                if read_only
+                    && filesystem == "ext4"
+                    && error.errno == Errno::ROFS.raw_os_error() =>
+            {
+                mount(&device, &place, filesystem, flags, "noload")?;
+            }
+            other => other?,
+        }
+        self.places.insert(source.to_owned(), place.clone());
+        Ok(place)
+    }
+
+    /// What is shown stays; the file systems themselves go out of sight.
+    fn leave(self) {
+        for place in self.places.values() {
+            let _shown = rustix::mount::unmount(place, UnmountFlags::DETACH);
+            let _empty = fs::remove_dir(place);
+        }
+    }
+}
+
+/// Makes the mount at `root` the root of everything, as switch_root(8) does.
+fn switch(root: &Path) -> Result<(), AgentError> {
+    for name in ["proc", "sys", "dev"] {
+        let place = root.join(name);
+        make_directory(&place)?;
+        rustix::mount::mount_move(Path::new("/").join(name), &place)
+            .tried(|| format!("cannot move /{name} to the new root"))?;
+    }
+    let what = || "cannot change to the new root".to_owned();
+    rustix::process::chdir(root).tried(what)?;
+    rustix::mount::mount_move(".", "/").tried(what)?;
+    rustix::process::chroot(".").tried(what)?;
+    rustix::process::chdir("/").tried(what)
+}
+
+/// What every program expects of a running system.
+fn furnish(writable: Writable) -> Result<(), AgentError> {
+    let safe = MountFlags::NOSUID | MountFlags::NODEV;
+    let pts = "mode=620,ptmxmode=666,gid=5";
+    let quiet = safe | MountFlags::NOEXEC;
+    mount(
+        "devpts",
+        Path::new("/dev/pts"),
+        "devpts",
+        MountFlags::NOSUID,
+        pts,
+    )?;
+    mount("shm", Path::new("/dev/shm"), "tmpfs", safe, "mode=1777")?;
+    mount("run", Path::new("/run"), "tmpfs", safe, "mode=755")?;
+    // A kernel without control groups runs programs all the same.
+    let _optional = mount("cgroup2", Path::new("/sys/fs/cgroup"), "cgroup2", quiet, "");
+    for (name, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
+        let _there = symlink(target, Path::new("/dev").join(name));
+    }
+    let tmp = Path::new("/tmp");
+    if writable == Writable::No {
+        mount("tmp", tmp, "tmpfs", safe, "mode=1777")?;
+    } else if !tmp.exists() {
+        make_directory(tmp)?;
+        let mode = fs::Permissions::from_mode(0o1777);
+        fs::set_permissions(tmp, mode).tried(|| "cannot open /tmp to all".into())?;
+    }
+    Ok(())
+}
+
+/// Does the host's further mounts, in order.
+///
+/// # Errors
+///
+/// A source isn't there, or the kernel refuses.
+pub(crate) fn mount_all(mounts: &[Mount], modules: &mut Modules) -> Result<(), AgentError> {
+    let mut hidden = Hidden::default();
+    for wanted in mounts {
+        mount_one(wanted, &mut hidden, modules)?;
+    }
+    hidden.leave();
+    Ok(())
+}
+
+fn mount_one(wanted: &Mount, hidden: &mut Hidden, modules: &mut Modules) -> Result<(), AgentError> {
+    let target = below(Path::new("/"), &wanted.target);
+    match wanted.kind {
+        MountKind::Virtiofs => {
+            let place = hidden.virtiofs(&wanted.source, modules)?;
+            bind(&below(&place, &wanted.subpath), &target, wanted.read_only)
+        }
+        MountKind::Block => {
+            let (source, kind) = (&wanted.source, &wanted.filesystem);
+            let place = hidden.block(source, kind, &wanted.options, wanted.read_only, modules)?;
+            bind(&below(&place, &wanted.subpath), &target, wanted.read_only)
+        }
+        MountKind::Bind => {
+            let source = below(Path::new("/"), &wanted.source);
+            bind(&source, &target, wanted.read_only)
+        }
+        MountKind::Tmpfs => {
+            let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
+            if wanted.read_only {
+                flags |= MountFlags::RDONLY;
+            }
+            mount("tmpfs", &target, "tmpfs", flags, &wanted.options)
+        }
+    }
+}
