@@ -47,5 +47,8 @@ def _places(name: Program) -> list[Path]:
         target = Path(os.environ.get("CARGO_TARGET_DIR", checkout / "target"))
         if name == "ringfence-agent":
             target /= _STATIC_TARGET
-        places += [target / "release", target / "debug"]
+        profiles = (
+            ("agent", "release", "debug") if name == "ringfence-agent" else ("release", "debug")
+        )
+        places += [target / profile for profile in profiles]
     return places
