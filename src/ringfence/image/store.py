@@ -31,11 +31,12 @@ from ringfence.image.references import Digest, Reference
 from ringfence.image.tags import Tag, TagStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from ringfence.image.garbage import Pruned
     from ringfence.image.rootfs import RootTree
+    from ringfence.image.transfer import Progress
 
 __all__ = ["Image", "Store"]
 
@@ -227,6 +228,60 @@ class Store:
         from ringfence.image import garbage  # noqa: PLC0415 - only this verb needs it
 
         return garbage.prune(self, every=every, timeout_s=timeout_s)
+
+    def pull(
+        self,
+        name: str,
+        *,
+        platform: Platform | None = None,
+        plain_http: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Image:
+        """Bring an image from its registry; what is here already isn't fetched again.
+
+        Args:
+            name: Its reference.
+            platform: For images of several platforms; this host's by default.
+            plain_http: Speak unencrypted HTTP to the registry.
+            progress: Is told of each blob's bytes, from any thread.
+
+        Raises:
+            NotFoundError: The registry has no such image.
+            ConfigError: The registry refused the credentials, or `name` is no reference.
+            HostError: The network is at fault.
+            FormatError: What arrived isn't what was promised.
+        """
+        from ringfence.image import pull  # noqa: PLC0415 - the HTTP client is slow to import
+
+        return pull.pull(self, name, platform=platform, plain_http=plain_http, progress=progress)
+
+    def push(
+        self,
+        name: str,
+        destination: str | None = None,
+        *,
+        plain_http: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Digest:
+        """Send an image to a registry.
+
+        Args:
+            name: The image, in this store.
+            destination: Its reference there; `name` by default.
+            plain_http: Speak unencrypted HTTP to the registry.
+            progress: Is told of each blob's bytes, from any thread.
+
+        Returns:
+            The digest it has there.
+
+        Raises:
+            NotFoundError: There is no such image here.
+            ConfigError: The registry refused the credentials.
+            HostError: The network is at fault.
+        """
+        from ringfence.image import push  # noqa: PLC0415 - the HTTP client is slow to import
+
+        return push.push(self, name, destination, plain_http=plain_http, progress=progress)
 
     def rootfs(self, image: Image) -> RootTree:
         """The image's layers, unpacked, held against `prune` until the result is closed.
