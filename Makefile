@@ -38,10 +38,11 @@ lint: build ## Check formats, types and style
 	cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 	$(RUN) -m pytest -q tests/style
 
-format: $(VENV)/.tools ## Format what `lint` checks
+format: $(VENV)/.tools ## Format what lint checks, and list the documents
 	$(VENV)/bin/ruff check --fix-only .
 	$(VENV)/bin/ruff format .
 	cargo fmt --all
+	$(RUN) tools/docs_index.py
 
 bench: build ## Measure against peers; results go to benchmarks/results
 	$(PYTHON) tools/host_packages.py bench

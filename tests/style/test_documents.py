@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,6 +13,14 @@ from tests.style.repository import REPOSITORY, files, text, with_suffix
 RECORD = re.compile(r"docs/adr/(\d{4})-[a-z0-9-]+\.md")
 SECTIONS = ("## Context", "## Decision", "## Consequences")
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
+ROOT_DOCUMENTS = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "SPECIFICATION.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+)
 # Crates whose unsafe code is yet to be accounted for. This list only shrinks.
 PENDING = {"crates/engine-bt"}
 
@@ -53,6 +63,16 @@ def test_links_lead_somewhere() -> None:
             if not (REPOSITORY / path.parent / place).exists():
                 wrong.append(f"{path}: {target}")
     assert wrong == []
+
+
+def test_the_root_has_its_documents() -> None:
+    present = {str(path) for path in files()}
+    assert [name for name in ROOT_DOCUMENTS if name not in present] == []
+
+
+def test_the_list_of_documents_is_current() -> None:
+    command = [sys.executable, "tools/docs_index.py", "--check"]
+    assert subprocess.run(command, cwd=REPOSITORY, check=False).returncode == 0, "make format"
 
 
 def test_everything_is_under_the_licence() -> None:
