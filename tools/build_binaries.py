@@ -27,8 +27,8 @@ def cargo(*arguments: str, env: dict[str, str] | None = None) -> bytes:
 
 
 def built(package: str, *arguments: str, env: dict[str, str] | None = None) -> Path:
-    """Builds a package's program of the same name for release, and returns where it is."""
-    common = ["build", "--release", "--locked", "--message-format=json-render-diagnostics"]
+    """Builds a package's program of the same name, and returns where it is."""
+    common = ["build", "--locked", "--message-format=json-render-diagnostics"]
     output = cargo(*common, "-p", package, "--bin", package, *arguments, env=env)
     for line in output.splitlines():
         message = json.loads(line)
@@ -53,9 +53,10 @@ def has_musl() -> bool:
 def build_agent() -> Path:
     """The static agent."""
     if has_musl():
-        return built("ringfence-agent", "--target", MUSL)
+        return built("ringfence-agent", "--profile", "agent", "--target", MUSL)
     flags = f"{os.environ.get('RUSTFLAGS', '')} -C target-feature=+crt-static".strip()
-    return built("ringfence-agent", "--target", GLIBC, env={**os.environ, "RUSTFLAGS": flags})
+    environment = {**os.environ, "RUSTFLAGS": flags}
+    return built("ringfence-agent", "--profile", "agent", "--target", GLIBC, env=environment)
 
 
 def put(program: Path) -> None:
@@ -78,14 +79,9 @@ def main() -> int:
     if shutil.which("cargo") is None:
         sys.stderr.write("cargo is missing: install Rust 1.88 or later (https://rustup.rs)\n")
         return 1
-    packages = {
-        package["name"]
-        for package in json.loads(cargo("metadata", "--no-deps", "--format-version=1"))["packages"]
-    }
     try:
-        put(built("ringfence-vm"))
-        if "ringfence-agent" in packages:
-            put(build_agent())
+        put(built("ringfence-vm", "--release"))
+        put(build_agent())
     except subprocess.CalledProcessError as error:
         return error.returncode
     return 0
