@@ -22,7 +22,7 @@ class Verb:
     group: str
 
 
-GROUPS = ("Run", "Machines", "Host")
+GROUPS = ("Run", "Machines", "Images", "Host")
 
 VERBS: dict[str, Verb] = {
     "run": Verb("ringfence.cli.run", "run a command in a new machine", "Run"),
@@ -37,8 +37,15 @@ VERBS: dict[str, Verb] = {
     "stop": Verb("ringfence.cli.stop", "end machines in good order", "Machines"),
     "kill": Verb("ringfence.cli.kill", "end machines at once", "Machines"),
     "rm": Verb("ringfence.cli.rm", "forget ended machines and their logs", "Machines"),
+    "image": Verb(
+        "ringfence.cli.image",
+        "fetch, build, list, send and write out images",
+        "Images",
+    ),
     "doctor": Verb(
-        "ringfence.cli.doctor", "show what this host can run, and how to mend it", "Host"
+        "ringfence.cli.doctor",
+        "show what this host can run, and how to mend it",
+        "Host",
     ),
     "kernel": Verb("ringfence.cli.kernel", "list, fetch and import guest kernels", "Host"),
     "completion": Verb("ringfence.cli.completion", "print a shell's completion script", "Host"),

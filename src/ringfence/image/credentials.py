@@ -24,9 +24,9 @@ from ringfence.image.references import DEFAULT_REGISTRY
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ringfence.image.jsonio import JsonObject
+    from ringfence.image.jsonio import Json, JsonObject
 
-__all__ = ["Credentials", "find_credentials"]
+__all__ = ["Credentials", "find_credentials", "keep_credentials"]
 
 _log = logging.getLogger(__name__)
 _HELPER = re.compile(r"[A-Za-z0-9._-]+")
@@ -178,3 +178,31 @@ def _ask(helper: str, key: str) -> Credentials | None:
     if username == "<token>":
         return Credentials(identity_token=secret)
     return Credentials(username=username, password=secret) if username else None
+
+
+def keep_credentials(registry: str, username: str, password: str) -> Path:
+    """Keep a name and a password in Ringfence's own ``auth.json``, readable by this user alone.
+
+    Raises:
+        ConfigError: The file there is malformed.
+    """
+    path = _paths.config_dir() / "auth.json"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    document: dict[str, Json] = {}
+    if path.exists():
+        try:
+            document = dict(jsonio.load(path.read_bytes(), str(path)))
+        except FormatError as error:
+            raise ConfigError(error.message, hint=f"mend or remove {path}") from error
+    auths = document.get("auths")
+    encoded = base64.b64encode(f"{username}:{password}".encode()).decode()
+    document["auths"] = {
+        **(auths if isinstance(auths, dict) else {}),
+        registry: {"auth": encoded},
+    }
+    work = path.with_name(".auth.json.part")
+    work.unlink(missing_ok=True)
+    work.touch(mode=0o600)
+    work.write_bytes(jsonio.dump(document))
+    work.rename(path)
+    return path

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ringfence.errors import ConfigError, FormatError, HostError, NotFoundError
-from ringfence.image import Store
-from ringfence.image.manifests import Index
+from ringfence.image import Platform, Store
+from ringfence.image.manifests import Descriptor, Index
 from tests.functional.image.conftest import PASSWORD, USER
 from tests.unit.image.images import files, store_image
 
@@ -32,7 +32,7 @@ def basic() -> str:
 
 def test_there_and_back(store: Store, tmp_path: Path, open_registry: str) -> None:
     name = f"{open_registry}/team/app:1"
-    big = files({"big": random.Random(1).randbytes(3_000_000)})
+    big = files({"big": random.Random(1).randbytes(3_000_000)})  # noqa: S311 - not a secret
     store_image(store, name, [files({"a": b"1"}), big], env=("A=1",))
     digest = store.push(name, plain_http=True)
 
@@ -74,9 +74,6 @@ def test_blobs_are_mounted_from_another_repository(store: Store, open_registry: 
 def test_index_is_pushed_whole(store: Store, tmp_path: Path, open_registry: str) -> None:
     name = f"{open_registry}/multi:1"
     manifests = [store_image(store, f"x{n}", [files({"n": b"%d" % n})]) for n in (1, 2)]
-    from ringfence.image import Platform
-    from ringfence.image.manifests import Descriptor
-
     entries = tuple(
         Descriptor(
             media_type=m.media_type,
@@ -152,7 +149,6 @@ def test_credential_helper(
 def test_mirror_is_asked_first(
     store: Store,
     tmp_path: Path,
-    home: Path,
     open_registry: str,
 ) -> None:
     name = f"{open_registry}/mirrored:1"
