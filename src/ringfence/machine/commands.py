@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from ringfence.errors import CommandError, ConfigError, GuestTimeout
+from ringfence.errors import AgentError, CommandError, ConfigError, GuestTimeout
 from ringfence.guest.spec import ExecSpec
 from ringfence.machine.process import Process
 from ringfence.machine.result import Result
@@ -128,7 +128,7 @@ class Commands(ABC):
             process = agent.exec(spec)
         except BaseException as error:
             self._command_ended()
-            if isinstance(error, OSError) and (reason := self._why_gone()) is not None:
+            if isinstance(error, OSError | AgentError) and (reason := self._why_gone()) is not None:
                 raise reason from error
             raise
         return Process(process, spec.argv, self._why_gone, self._command_ended)
