@@ -104,17 +104,21 @@ def _chunks(data: bytes) -> tuple[list[Chunk], int]:
 
 def read(path: Path) -> list[Chunk]:
     """All that is kept, oldest first."""
-    found = []
-    for half in (_older(path), path):
-        with suppress(FileNotFoundError):
-            found += _chunks(half.read_bytes())[0]
-    return found
+    return _whole(_older(path)) + _whole(path)
+
+
+def _whole(path: Path) -> list[Chunk]:
+    with suppress(FileNotFoundError):
+        return _chunks(path.read_bytes())[0]
+    return []
 
 
 def follow(path: Path, ended: Callable[[], bool]) -> Iterator[Chunk]:
     """All that is kept and all that comes, until ``ended()`` and nothing more is there."""
-    yield from read(_older(path))
-    file = None
+    # The newer half first: should it become the older one meanwhile, it is the same file.
+    file = path.open("rb", buffering=0) if path.exists() else None
+    if file is None or not _is_same(file.fileno(), _older(path)):
+        yield from _whole(_older(path))
     pending = b""
     try:
         while True:
@@ -126,7 +130,7 @@ def follow(path: Path, ended: Callable[[], bool]) -> Iterator[Chunk]:
                 chunks, used = _chunks(pending)
                 pending = pending[used:]
                 yield from chunks
-                if not _is_same(file.fileno(), path):
+                if path.exists() and not _is_same(file.fileno(), path):
                     file.close()
                     file, pending = None, b""
                     continue
@@ -142,5 +146,4 @@ def _is_same(fd: int, path: Path) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(fd))
     except FileNotFoundError:
-        # Between two halves, or the machine was forgotten: what was read is all there is.
-        return True
+        return False
