@@ -38,7 +38,7 @@ pub(crate) const WINDOW_BYTES: usize = 256 << 10;
 const OUT_BYTES: usize = 128 << 10;
 /// How long a terminal's last output may take to come out of the kernel after the command's end.
 const TERMINAL_DRAIN: Duration = Duration::from_millis(50);
-/// Grants are sent for at least this much, but for the last of the queue.
+/// Grants are sent for at least this much: the host always has credit for the rest of the window.
 const GRANT_BYTES: usize = WINDOW_BYTES / 4;
 
 /// Runs a command until its end, or until the host is gone.
@@ -286,7 +286,7 @@ impl Session {
             }
             self.stdin = None;
         }
-        if self.owed >= GRANT_BYTES || (self.owed > 0 && self.queue.is_empty()) {
+        if self.owed >= GRANT_BYTES {
             let count = u32::try_from(self.owed).unwrap_or(u32::MAX);
             let [a, b, c, d] = count.to_le_bytes();
             encode(Kind::Credit, &[0, a, b, c, d], &mut self.out);

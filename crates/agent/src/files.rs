@@ -95,12 +95,12 @@ fn kind(status: &Metadata) -> &'static str {
     }
 }
 
-/// Some of a directory's entries, and whether there are more.
+/// Some of a directory's entries: those, how many names were looked at, and whether there are more.
 ///
 /// # Errors
 ///
 /// It is no directory.
-pub(crate) fn list(path: &str, skip: usize) -> Result<(Vec<FileInfo>, bool), AgentError> {
+pub(crate) fn list(path: &str, skip: usize) -> Result<(Vec<FileInfo>, usize, bool), AgentError> {
     let place = absolute(path)?;
     let mut names = Vec::new();
     for entry in fs::read_dir(place).tried(|| format!("cannot list {path}"))? {
@@ -108,14 +108,15 @@ pub(crate) fn list(path: &str, skip: usize) -> Result<(Vec<FileInfo>, bool), Age
         names.push(entry.file_name());
     }
     names.sort_unstable();
-    let more = names.len() > skip.saturating_add(ENTRIES);
+    let count = names.len().saturating_sub(skip).min(ENTRIES);
+    let more = names.len() > skip.saturating_add(count);
     let entries = names.iter().skip(skip).take(ENTRIES).filter_map(|name| {
         let place = place.join(name);
         // It may be gone by now.
         let status = fs::symlink_metadata(&place).ok()?;
         Some(info(&name.to_string_lossy(), &place, &status))
     });
-    Ok((entries.collect(), more))
+    Ok((entries.collect(), count, more))
 }
 
 /// Streams a file's content.

@@ -155,8 +155,8 @@ impl Guest {
         match request {
             Request::Stat { path, follow } => value(files::stat(&path, follow)?),
             Request::List { path, skip } => {
-                let (entries, more) = files::list(&path, skip)?;
-                Ok(json!({ "entries": entries, "more": more }))
+                let (entries, count, more) = files::list(&path, skip)?;
+                Ok(json!({ "entries": entries, "count": count, "more": more }))
             }
             Request::Mkdir {
                 path,

@@ -7,55 +7,80 @@
     assert process.wait() == 0
 
 All of it is synchronous and may be called from any thread. A stream that nobody reads holds up the
-command's writing to it and nothing else.
+command's writing to it and nothing else. Errors that any method may raise: AgentError when the guest
+is gone or breaks the protocol, GuestTimeout when it doesn't answer.
 """
 
 from __future__ import annotations
 
+import os
+import socket
+import struct
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, Self
 
-from ringfence.errors import UnsupportedError
+from ringfence.errors import AgentError, GuestTimeout, StateError
+from ringfence.guest import messages
+from ringfence.guest.files import FileInfo, Files, call
+from ringfence.guest.frames import Connection, Json, Kind, failure, parse
+from ringfence.guest.process import RemoteProcess
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from ringfence.guest.spec import ExecSpec, GuestSetup
 
-__all__ = ["Agent", "FileInfo", "Files", "GuestStats", "RemoteProcess", "connect_vsock"]
+__all__ = ["PORT", "Agent", "FileInfo", "Files", "GuestStats", "RemoteProcess", "connect_vsock"]
+
+PORT = 1024
+_PROTOCOL = 1
+_PORTS = struct.Struct("<II")
+_CONNECT_TIMEOUT_S = 10.0
 
 
-def connect_vsock(path: Path, port: int = 1024, *, timeout_s: float = 10.0) -> socket.socket:
-    """A connection to a guest's port through the VM process's UNIX socket at ``path``."""
-    message = f"not yet: {path} {port} {timeout_s}"
-    raise UnsupportedError(message)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileInfo:
-    """What a guest says of a file.
+def connect_vsock(path: Path, port: int = PORT, *, timeout_s: float = 10.0) -> socket.socket:
+    """A connection to a guest's port through the VM process's UNIX socket.
 
     Args:
-        name: Its last part.
-        type: ``file``, ``directory``, ``symlink``, ``fifo``, ``socket``, ``block``, ``char``.
-        size: Bytes.
-        mode: Permission bits.
-        uid: Owner.
-        gid: Group.
-        mtime_ns: Last change, since 1970.
-        target: Of a symbolic link.
-    """
+        path: The socket.
+        port: The guest's.
+        timeout_s: How long the guest may take to accept.
 
-    name: str
-    type: str
-    size: int
-    mode: int
-    uid: int
-    gid: int
-    mtime_ns: int
-    target: str = ""
+    Raises:
+        AgentError: The VM process is gone, or nobody listens on the port.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(str(path))
+        sock.sendall(b"CONNECT %d\n" % port)
+        answer = _read_line(sock)
+        sock.settimeout(None)
+    except OSError as error:
+        sock.close()
+        message = f"cannot reach port {port} of the guest by {path}: {error}"
+        raise AgentError(message) from error
+    except BaseException:
+        sock.close()
+        raise
+    if not answer.startswith(b"OK "):
+        sock.close()
+        message = f"nobody listens on port {port} in the guest"
+        raise AgentError(message)
+    return sock
+
+
+def _read_line(sock: socket.socket) -> bytes:
+    """The handshake's answer; what comes behind it is the guest's."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < 64:
+        byte = sock.recv(1)
+        if not byte:
+            break
+        line += byte
+    return line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,123 +110,26 @@ class GuestStats:
     cpus: int
 
 
-class RemoteProcess:
-    """A command in the guest. A context manager: leaving it closes it, which kills the command.
+class Agent:
+    """A guest's agent. A context manager; closing it doesn't end the guest.
 
-    ``stdin``, ``stdout`` and ``stderr`` are binary files; with a terminal ``stderr`` is empty.
-    ``pid`` is the guest's number, ``message`` says why a command didn't start, ``timed_out``
-    whether the guest ended it after its time; both are known after :meth:`wait`.
+    Args:
+        connect: Makes a connection to the guest's port 1024.
+        control: The connection that the guest made; None when another process has it.
+        kernel: The guest's ``uname -r``; empty when it isn't known.
     """
 
-    stdin: BinaryIO
-    stdout: BinaryIO
-    stderr: BinaryIO
-    pid: int
-    message: str
-    timed_out: bool
-
-    def wait(self, timeout_s: float | None = None) -> int:
-        """The exit code; 128 + N after signal N, 127 and 126 as a shell's. GuestTimeout if it runs."""
-        raise NotImplementedError
-
-    def poll(self) -> int | None:
-        """The exit code if the command has ended."""
-        raise NotImplementedError
-
-    def communicate(
-        self, stdin: bytes = b"", timeout_s: float | None = None
-    ) -> tuple[bytes, bytes]:
-        """Feeds ``stdin``, closes it and reads both outputs to their ends."""
-        raise NotImplementedError
-
-    def signal(self, number: int) -> None:
-        """Sends a signal to the command's process group."""
-        raise NotImplementedError
-
-    def resize(self, columns: int, rows: int) -> None:
-        """Tells the command its terminal's new size."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Ends the connection; the guest kills a command that still runs."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        """Itself."""
-        raise NotImplementedError
-
-    def __exit__(self, *_: object) -> None:
-        """Closes it."""
-        raise NotImplementedError
-
-
-class Files:
-    """The guest's files. Paths are absolute paths in the guest."""
-
-    def read(self, path: str) -> bytes:
-        """The whole content."""
-        raise NotImplementedError
-
-    def read_chunks(
-        self, path: str, *, offset: int = 0, length: int | None = None
-    ) -> Iterator[bytes]:
-        """The content in pieces."""
-        raise NotImplementedError
-
-    def write(
+    def __init__(
         self,
-        path: str,
-        data: bytes | Iterable[bytes],
-        *,
-        mode: int = 0o644,
-        append: bool = False,
-        user: str = "",
-    ) -> int:
-        """Writes a file, made if it is missing, and returns how many bytes."""
-        raise NotImplementedError
-
-    def list(self, path: str) -> list[FileInfo]:
-        """A directory's entries, by name."""
-        raise NotImplementedError
-
-    def stat(self, path: str, *, follow: bool = True) -> FileInfo:
-        """What is at a path."""
-        raise NotImplementedError
-
-    def mkdir(self, path: str, *, mode: int = 0o755, parents: bool = False) -> None:
-        """Makes a directory."""
-        raise NotImplementedError
-
-    def remove(self, path: str, *, recursive: bool = False) -> None:
-        """Removes a file or directory."""
-        raise NotImplementedError
-
-    def rename(self, source: str, target: str) -> None:
-        """Renames within a file system."""
-        raise NotImplementedError
-
-    def tar_in(self, path: str, chunks: Iterable[bytes], *, owner: bool = False) -> None:
-        """Unpacks a tar stream into a directory."""
-        raise NotImplementedError
-
-    def tar_out(self, path: str) -> Iterator[bytes]:
-        """A file or directory as a tar stream; its members' names begin with its own."""
-        raise NotImplementedError
-
-    def copy_in(self, source: Path, target: str) -> None:
-        """Copies a file or directory of the host to the guest's path ``target``."""
-        raise NotImplementedError
-
-    def copy_out(self, source: str, target: Path) -> None:
-        """Copies a file or directory of the guest to the host's path ``target``."""
-        raise NotImplementedError
-
-
-class Agent:
-    """A guest's agent. A context manager; closing it doesn't end the guest."""
-
-    files: Files
-    kernel: str
+        connect: Callable[[], socket.socket],
+        control: Connection | None = None,
+        kernel: str = "",
+    ) -> None:
+        self._connect_socket = connect
+        self._control = control
+        self._closed = False
+        self.kernel = kernel
+        self.files = Files(self._connect)
 
     @classmethod
     def accept(
@@ -210,45 +138,168 @@ class Agent:
         connect: Callable[[], socket.socket],
         timeout_s: float,
     ) -> Agent:
-        """Waits for the guest's hello on the VM process's ``handout`` socket.
+        """Waits for the guest's hello.
 
-        ``connect`` makes a connection to the guest's port 1024 (:func:`connect_vsock`).
+        Args:
+            handout: The host's end of the VM process's ``handout_fd``. Connections to other ports
+                that come meanwhile are refused.
+            connect: Makes a connection to the guest's port 1024 (:func:`connect_vsock`).
+            timeout_s: How long the guest may take to boot.
+
+        Raises:
+            GuestTimeout: No hello came.
+            AgentError: The VM process is gone, or the agent is of another version.
         """
-        raise NotImplementedError
+        deadline = time.monotonic() + timeout_s
+        control = Connection(_receive_connection(handout, deadline))
+        try:
+            kernel = _hello(control, max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            control.close()
+            raise
+        return cls(connect, control, kernel)
 
     @classmethod
     def attach(cls, connect: Callable[[], socket.socket]) -> Agent:
         """The agent of a guest that another process has set up."""
-        raise NotImplementedError
+        return cls(connect)
+
+    def _connect(self) -> Connection:
+        if self._closed:
+            message = "the connection to the guest is closed"
+            raise StateError(message)
+        try:
+            return Connection(self._connect_socket())
+        except OSError as error:
+            message = f"cannot reach the guest's agent: {error}"
+            raise AgentError(message) from error
 
     def setup(self, setup: GuestSetup, timeout_s: float = 60.0) -> dict[str, int]:
-        """Sets the guest up and returns how many microseconds each phase took."""
-        raise NotImplementedError
+        """Sets the guest up and returns how many microseconds each phase took.
+
+        Raises:
+            StateError: It is set up already.
+            GuestError: A step failed in the guest; the message names it.
+            ConfigError: A step can't be done as asked.
+        """
+        if self._control is None:
+            message = "this guest has been set up already"
+            raise StateError(message)
+        self._control.send_json(Kind.SETUP, messages.setup(setup, time.time_ns()))
+        frame = self._control.receive(timeout_s)
+        if frame.kind is Kind.ERROR:
+            raise failure(frame.payload)
+        if frame.kind is not Kind.READY:
+            message = f"the guest's agent broke the protocol: {frame.kind.name} for READY"
+            raise AgentError(message)
+        phases = parse(frame.payload).get("phases_us")
+        if not isinstance(phases, dict):
+            return {}
+        return {str(name): us for name, us in phases.items() if isinstance(us, int)}
 
     def exec(self, spec: ExecSpec) -> RemoteProcess:
-        """Starts a command."""
-        raise NotImplementedError
+        """Starts a command. One that can't be started ends with 126 or 127 and a ``message``."""
+        connection = self._connect()
+        try:
+            connection.send_json(Kind.REQUEST, messages.exec_request(spec))
+        except BaseException:
+            connection.close()
+            raise
+        return RemoteProcess(connection, terminal=spec.terminal is not None, stdin=spec.stdin)
+
+    def ping(self) -> None:
+        """Waits for the agent's answer."""
+        self._call("ping", {})
 
     def stats(self) -> GuestStats:
         """How the guest is doing."""
-        raise NotImplementedError
+        answer = self._call("stats", {})
+        return GuestStats(
+            uptime_s=_real(answer, "uptime_s"),
+            memory_total_bytes=int(_real(answer, "memory_total_bytes")),
+            memory_available_bytes=int(_real(answer, "memory_available_bytes")),
+            cpu_user_s=_real(answer, "cpu_user_s"),
+            cpu_system_s=_real(answer, "cpu_system_s"),
+            cpu_idle_s=_real(answer, "cpu_idle_s"),
+            load_1=_real(answer, "load_1"),
+            processes=int(_real(answer, "processes")),
+            cpus=int(_real(answer, "cpus")),
+        )
 
     def sync_time(self) -> float:
-        """Sets the guest's clock to the host's; returns by how many seconds it was wrong."""
-        raise NotImplementedError
+        """Sets the guest's clock to the host's; returns by how many seconds it changed."""
+        return _real(self._call("sync_time", {"time_ns": time.time_ns()}), "change_ns") / 1e9
 
     def power_off(self, *, reboot: bool = False, grace_s: float = 5.0) -> None:
-        """Asks the guest to end all commands, write everything back and power off."""
-        raise NotImplementedError
+        """Asks the guest to end all commands, write everything back and power off.
+
+        It returns when the guest has begun; the VM process's end says when it is done.
+
+        Args:
+            reboot: Start again instead.
+            grace_s: What commands get between SIGTERM and SIGKILL.
+        """
+        self._call("power_off", {"reboot": reboot, "grace_ms": int(grace_s * 1000)})
+
+    def _call(self, operation: str, fields: Json) -> Json:
+        return call(self._connect, operation, fields)
 
     def close(self) -> None:
-        """Closes the connections."""
-        raise NotImplementedError
+        """Closes the control connection. The guest goes on."""
+        self._closed = True
+        if self._control is not None:
+            self._control.close()
+            self._control = None
 
     def __enter__(self) -> Self:
         """Itself."""
-        raise NotImplementedError
+        return self
 
     def __exit__(self, *_: object) -> None:
         """Closes it."""
-        raise NotImplementedError
+        self.close()
+
+
+def _receive_connection(handout: socket.socket, deadline: float) -> socket.socket:
+    """The guest's connection to the agent's port."""
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            message = "the guest's agent didn't come up in time"
+            raise GuestTimeout(message, hint="the machine's log has what its kernel said")
+        handout.settimeout(left)
+        try:
+            data, fds, _, _ = socket.recv_fds(handout, _PORTS.size + 1, 1)
+        except TimeoutError:
+            continue
+        except OSError as error:
+            message = f"the VM process's connections can't be received: {error}"
+            raise AgentError(message) from error
+        if not data and not fds:
+            message = "the VM process ended before the guest's agent was up"
+            raise AgentError(message, hint="the machine's log has what its kernel said")
+        if len(data) == _PORTS.size and len(fds) == 1 and _PORTS.unpack(data)[0] == PORT:
+            return socket.socket(fileno=fds[0])
+        for fd in fds:
+            os.close(fd)
+
+
+def _hello(control: Connection, timeout_s: float) -> str:
+    """The guest's kernel, as its first word says."""
+    frame = control.receive(timeout_s)
+    if frame.kind is not Kind.HELLO:
+        message = f"the guest's agent broke the protocol: {frame.kind.name} for HELLO"
+        raise AgentError(message)
+    hello = parse(frame.payload)
+    if hello.get("version") != _PROTOCOL:
+        message = f"the guest's agent speaks version {hello.get('version')}"
+        raise AgentError(message, hint="remove the cached initramfs and build the agent")
+    return str(hello.get("kernel", ""))[:128]
+
+
+def _real(value: Json, name: str) -> float:
+    number = value.get(name)
+    if not isinstance(number, int | float):
+        message = f"the guest's agent broke the protocol: no number {name}"
+        raise AgentError(message)
+    return float(number)
