@@ -156,7 +156,15 @@ impl Core {
         }
         let access = if write { Access::Write } else { Access::Read };
         if address % 4096 + u64::from(bytes) <= 4096 {
-            let place = self.locate(address, access, self.is_user())?;
+            let place = match self.locate(address, access, self.is_user()) {
+                // A vector instruction may rather complain of the alignment, or leave out the
+                // bytes that aren't there.
+                Err(_) if bytes >= 16 => {
+                    self.step()?;
+                    return self.go_on();
+                }
+                other => other?,
+            };
             if matches!(place, Place::Ram { .. }) {
                 let write = write || site.range.is_some_and(|range| range.writes);
                 let table = if write { Table::Write } else { Table::Read };

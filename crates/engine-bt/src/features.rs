@@ -158,7 +158,6 @@ fn is_known(feature: CpuidFeature) -> bool {
             | F::XSAVE
             | F::XSAVEC
             | F::XSAVEOPT
-            | F::D3NOW
     )
 }
 

@@ -27,6 +27,8 @@ use crate::hot::Gate;
 use crate::hot::Hot;
 use crate::hot::hot;
 use crate::step::is_high_byte;
+use crate::step::is_hint;
+use crate::step::rules::is_masked_move;
 use crate::translate::asm::Asm;
 use crate::translate::asm::Mem;
 use crate::translate::asm::T0;
@@ -99,9 +101,15 @@ impl Core {
     }
 
     pub(super) fn execute_natively(&mut self, instruction: &Instruction) -> Result<(), Stop> {
+        if is_hint(instruction) {
+            return Ok(());
+        }
         self.check_available(instruction)?;
         if instruction.is_vsib() {
             return self.execute_gather(instruction);
+        }
+        if is_masked_move(instruction) {
+            return self.execute_masked_move(instruction);
         }
         match instruction.mnemonic() {
             Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu | Mnemonic::Maskmovq => {
@@ -154,6 +162,7 @@ impl Core {
             Some(address) => address,
             None => self.operand_address(instruction, operand, usage.bytes, access)?,
         };
+        self.check_vector_alignment(instruction, address)?;
         let user = self.is_user();
         let span = self.span(address, usage.bytes, access, user)?;
         let shared = std::sync::Arc::clone(&self.shared);

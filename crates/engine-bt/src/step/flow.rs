@@ -48,7 +48,8 @@ impl Core {
                 self.software_interrupt(number, next)?;
             }
             M::Int3 => self.software_interrupt(vector::BREAKPOINT, next)?,
-            M::Int1 => self.software_interrupt(vector::DEBUG, next)?,
+            M::Int1 => self.debug_interrupt(next)?,
+            M::Ud0 | M::Ud1 | M::Ud2 => return Err(Fault::undefined().into()),
             M::Into => {
                 if self.rflags() & OF == 0 {
                     return Ok(Some(Flow::Next));
@@ -532,6 +533,17 @@ impl Core {
         let before = self.rip;
         self.rip = next;
         let delivered = self.interrupt(number, Source::Software);
+        if delivered.is_err() {
+            self.rip = before;
+        }
+        delivered
+    }
+
+    /// INT1: a trap whose gate any level may use, unlike INT 1's (SDM 2A, INT n).
+    fn debug_interrupt(&mut self, next: u64) -> Result<(), Stop> {
+        let before = self.rip;
+        self.rip = next;
+        let delivered = self.interrupt(vector::DEBUG, Source::External);
         if delivered.is_err() {
             self.rip = before;
         }

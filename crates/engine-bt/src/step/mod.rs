@@ -6,6 +6,7 @@
 
 mod exec;
 mod flow;
+mod rules;
 mod stack;
 mod strings;
 mod system;
@@ -99,7 +100,9 @@ impl Core {
         }
         self.set(flag::RF, false);
         self.end_replay();
-        if trap && !self.shadow {
+        // An interrupt gate has cleared TF: nothing of the handler is stepped.
+        let interrupted = flow == Flow::Jumped && rules::is_interrupt(instruction);
+        if trap && !self.shadow && !interrupted {
             const DR6_SINGLE_STEP: u64 = 1 << 14;
             self.sys.dr6 |= DR6_SINGLE_STEP;
             self.raise_trap(vector::DEBUG)?;
@@ -430,6 +433,8 @@ pub(crate) use exec::has_high_byte;
 pub(crate) use exec::is_avx;
 pub(crate) use exec::is_sse;
 pub(crate) use exec::uses_fpu;
+pub(crate) use rules::cannot_fault;
+pub(crate) use rules::is_hint;
 
 /// AH, CH, DH or BH.
 pub(crate) fn is_high_byte(register: Register) -> bool {

@@ -169,8 +169,8 @@ impl Core {
         loop {
             let count = self.gpr(1) & mask;
             if count == 0 {
-                if shape.address_bits == 32 {
-                    // A 32-bit count register is written even when it was zero already.
+                if shape.address_bits == 32 && !self.shared.host.amd {
+                    // Intel writes a 32-bit count register even when it was zero already.
                     self.write_counter(32, 0);
                 }
                 return Ok(Flow::Next);

@@ -73,6 +73,9 @@ impl Core {
         let bounce =
             std::ptr::from_ref::<Hot>(self.hot()) as u64 + std::mem::offset_of!(Hot, bounce) as u64;
         let saved = (self.gpr(0), self.gpr(2));
+        // XSAVEOPT leaves out what hasn't changed since an XRSTOR from the same address, which the
+        // buffer's always is.
+        let instruction = &without_optimisation(instruction);
         if masked {
             // The host's own components must not be saved into the guest's memory or changed.
             let mask = self.sys.xcr0;
@@ -184,6 +187,54 @@ impl Core {
         Ok(())
     }
 
+    /// VMASKMOV and VPMASKMOV: only the chosen elements are read or written.
+    pub(super) fn execute_masked_move(&mut self, instruction: &Instruction) -> Result<(), Stop> {
+        use Mnemonic as M;
+        let element = match instruction.mnemonic() {
+            M::Vmaskmovps | M::Vpmaskmovd => 4,
+            _ => 8,
+        };
+        let stores = !instruction.op0_register().is_vector_register();
+        let (operand, access) = if stores {
+            (0, Access::Write)
+        } else {
+            (2, Access::Read)
+        };
+        let mask = instruction.op1_register();
+        let bytes = mask.size();
+        let base = instruction
+            .try_virtual_address(operand, 0, |register, _, _| self.register_value(register))
+            .ok_or_else(Fault::undefined)?;
+        let segment = segment_index(instruction.memory_segment()).unwrap_or(3);
+        let user = self.is_user();
+        let mut spans = Vec::new();
+        for at in (0..bytes).step_by(element) {
+            if self.vector_bytes(mask.number(), at, element) >> (8 * element - 1) == 0 {
+                continue;
+            }
+            let address = base.wrapping_add(at as u64);
+            let address = self.check_segment(segment, address, element, access)?;
+            spans.push((at, self.span(address, element, access, user)?));
+        }
+        let mut data = [0; 32];
+        if !stores {
+            for (at, span) in &spans {
+                self.read_span(span, &mut data[*at..at + element])?;
+            }
+        }
+        self.hot_mut().bounce.0[..32].copy_from_slice(&data);
+        let bounce =
+            std::ptr::from_ref::<Hot>(self.hot()) as u64 + std::mem::offset_of!(Hot, bounce) as u64;
+        self.run_scratch(instruction, Some(bounce))?;
+        if stores {
+            let data = self.hot().bounce.0;
+            for (at, span) in &spans {
+                self.write_span(span, &data[*at..at + element])?;
+            }
+        }
+        Ok(())
+    }
+
     fn vector_bytes(&self, register: usize, at: usize, len: usize) -> u64 {
         let words = self.hot().ymm[register & 15];
         let shifted = words[at / 8] >> (8 * (at % 8));
@@ -256,6 +307,17 @@ impl Core {
         let chosen = values[1].map(|byte| byte & 0x80 != 0);
         self.store_chosen(instruction, &values[0], &chosen)
     }
+}
+
+/// XSAVEOPT as XSAVE; any other instruction as it is.
+fn without_optimisation(instruction: &Instruction) -> Instruction {
+    let mut plain = *instruction;
+    match instruction.mnemonic() {
+        Mnemonic::Xsaveopt => plain.set_code(iced_x86::Code::Xsave_mem),
+        Mnemonic::Xsaveopt64 => plain.set_code(iced_x86::Code::Xsave64_mem),
+        _ => {}
+    }
+    plain
 }
 
 fn sign_extend(value: u64, bytes: usize) -> u64 {

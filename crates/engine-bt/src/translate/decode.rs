@@ -13,6 +13,7 @@ use iced_x86::Register;
 
 use crate::step::decoder_options;
 use crate::step::is_emulated;
+use crate::step::is_hint;
 use crate::translate::Request;
 use crate::translate::rename::mentions;
 
@@ -204,6 +205,9 @@ fn classify(
     if let Some(class) = inline_class(request, instruction) {
         return class;
     }
+    if is_hint(instruction) {
+        return Class::Nop;
+    }
     if instruction.is_invalid() || is_emulated(instruction) || !is_available(request, instruction) {
         return Class::Step;
     }
@@ -316,7 +320,6 @@ fn classify_plain(
         M::Nop
         | M::Endbr64
         | M::Endbr32
-        | M::Reservednop
         | M::Cldemote
         | M::Prefetcht0
         | M::Prefetcht1
@@ -325,6 +328,8 @@ fn classify_plain(
         | M::Prefetchw
         | M::Prefetch
         | M::Prefetchwt1 => return Class::Nop,
+        // Register forms of PREFETCH are reserved: the processor decides.
+        M::Reservednop if instruction.op0_kind() != OpKind::Register => return Class::Nop,
         M::Enter | M::Pushf | M::Pushfq | M::Popf | M::Popfq => return Class::Step,
         _ => {}
     }

@@ -278,7 +278,8 @@ impl<'a> Emitter<'a> {
     /// An instruction without memory operand. R10 and R11 are fetched from memory around it.
     fn copy(&mut self, item: &Item) {
         let instruction = &item.instruction;
-        let site = may_fault(instruction).then(|| self.open_site(SiteKind::Copied, item.offset));
+        let site = (!crate::step::cannot_fault(instruction))
+            .then(|| self.open_site(SiteKind::Copied, item.offset));
         if mentions(instruction, Register::R10) {
             self.asm.load(T1, Mem::gs(hot!(gpr, 10)));
         }
@@ -345,12 +346,4 @@ impl<'a> Emitter<'a> {
 
 pub(crate) fn position(value: usize) -> u32 {
     u32::try_from(value).expect("a block is far smaller than 4 GiB")
-}
-
-/// Instructions that raise an exception by themselves, without touching memory.
-fn may_fault(instruction: &Instruction) -> bool {
-    use iced_x86::Mnemonic as M;
-    matches!(instruction.mnemonic(), M::Div | M::Idiv)
-        || crate::step::uses_fpu(instruction)
-        || instruction.encoding() != iced_x86::EncodingKind::Legacy
 }
