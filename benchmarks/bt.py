@@ -60,6 +60,8 @@ def _measure(suite: Suite, rounds: int, runs: dict[str, Callable[[], Outcome]], 
                 suite.notes.append(f"{system}, round {number + 1}: {str(error)[-400:]}")
                 continue
             suite.add("whole run", system, outcome.whole_s)
+            wrong = [line.strip() for line in outcome.text.splitlines() if line.startswith("! ")]
+            suite.notes += [f"{system}, round {number + 1}: {line[2:]}" for line in wrong]
             for timed in outcome.timed:
                 if timed.name in {"init", "end"}:
                     continue

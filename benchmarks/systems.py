@@ -91,9 +91,9 @@ def native(commands: Sequence[str], root: Path | None = None) -> Outcome:
     """
     built = programs.build()
     with tempfile.NamedTemporaryFile("w", suffix=".list") as file:
-        file.writelines(
-            line.replace("/bench/", f"{built['init'].parent}/") + "\n" for line in commands
-        )
+        here = f"{built['init'].parent}/"
+        lines = commands if root else [line.replace("/bench/", here) for line in commands]
+        file.writelines(f"{line}\n" for line in lines)
         file.flush()
         start = time.monotonic()
         done = subprocess.run(

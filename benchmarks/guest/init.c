@@ -77,8 +77,8 @@ static void run(char *line)
     waitpid(child, &status, 0);
     if (strcmp(words[0], "-"))
         report(words[0], now_ns() - start, (unsigned long long)status);
-    else if (status)
-        printf("! %s ended with %x\n", words[1], status);
+    if (status)
+        printf("! %s ended with %x\n", line, status);
 }
 
 static void run_all(FILE *list)
