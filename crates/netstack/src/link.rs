@@ -251,7 +251,7 @@ mod tests {
         let (mut link, peer) = link();
         let ram = GuestRam::new(1 << 20, HugePages::Off).expect("ram");
         let slice = ram.memory().get_slice(GuestAddress(0), 60).expect("ram");
-        while link.send(0, &[slice.clone()]).is_ok() {}
+        while link.send(0, &[slice]).is_ok() {}
         link.set_guest_offloads(Offloads::default()).expect("kept");
         let mut message = [0; 100];
         while peer.recv(&mut message).is_ok_and(|len| len == 60) {}
