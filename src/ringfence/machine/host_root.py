@@ -24,9 +24,9 @@ __all__ = ["entries", "hidden_in_etc", "passwd_lines"]
 # With /usr merged (the file system hierarchy of all current distributions) these are links.
 _PROGRAM_DIRECTORIES = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
-# Directories that programs expect, empty.
+# Directories that programs expect, empty. (The agent makes /tmp, which anybody may write.)
 _EMPTY = (
-    "dev", "home", "media", "mnt", "opt", "proc", "root", "run", "srv", "sys", "tmp",
+    "dev", "home", "media", "mnt", "opt", "proc", "root", "run", "srv", "sys",
     "var/cache", "var/lib", "var/lock", "var/log", "var/spool", "var/tmp",
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ringfence.machine.document import Document, Json
     from ringfence.machine.spec import Mount, Root
 
-__all__ = ["add_mounts", "add_root"]
+__all__ = ["add_mounts", "add_root", "extra_mounts"]
 
 _ROOT_TAG = "root"
 _MOUNTS_TAG = "mounts"
@@ -80,6 +80,14 @@ def _add_disk(document: Document, root: DiskRoot) -> None:
         read_only=not root.writable,
         serial=_ROOT_SERIAL,
     )
+
+
+def extra_mounts(root: Root) -> list[MountSpec]:
+    """What a guest with this root mounts besides."""
+    if isinstance(root, HostRoot):
+        options = "mode=1777"
+        return [MountSpec(type=MountType.TMPFS, target="/var/tmp", options=options)]  # noqa: S108
+    return []
 
 
 def add_mounts(

@@ -142,7 +142,8 @@ def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -
     )
     with document, phases.measure("vm process"):
         root = root_plan.add_root(document, spec.root)
-        mounts = root_plan.add_mounts(document, spec.mounts, _owner(spec))
+        mounts = root_plan.extra_mounts(spec.root)
+        mounts += root_plan.add_mounts(document, spec.mounts, _owner(spec))
         interfaces = network_plan.add_networks(document, spec, place, stack)
         document.set(
             "boot",
