@@ -85,6 +85,21 @@ class Document:
         os.lseek(fd, 0, os.SEEK_SET)
         return fd
 
+    def give_text(self, path: Path, text: str) -> int:
+        """Writes a file of the machine's own and hands it over for reading.
+
+        Files that are shared lie on disk: Landlock knows no files in memory.
+
+        Raises:
+            HostError: It can't be written.
+        """
+        try:
+            path.write_text(text, errors="surrogateescape")
+        except OSError as error:
+            message = f"cannot write {path}: {error.strerror}"
+            raise HostError(message, errno=error.errno, path=str(path)) from error
+        return self.give_file(path)
+
     def set(self, name: str, value: object) -> None:
         """Sets a field of the document."""
         self._fields[name] = value

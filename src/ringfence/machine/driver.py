@@ -34,18 +34,29 @@ __all__ = [
 class ProcessLike(Protocol):
     """One command in a machine."""
 
-    pid: int
-    """Its process ID in the machine."""
-    stdin: BinaryIO
-    """What it reads; closing it is the end of its input."""
-    stdout: BinaryIO
-    """What it writes; with a terminal, all that the terminal shows."""
-    stderr: BinaryIO
-    """What it writes there; with a terminal nothing."""
-    message: str
-    """Why it didn't start, known after :meth:`wait`."""
-    timed_out: bool
-    """It was killed because its time was up, known after :meth:`wait`."""
+    @property
+    def pid(self) -> int:
+        """Its process ID in the machine."""
+
+    @property
+    def stdin(self) -> BinaryIO:
+        """What it reads; closing it is the end of its input."""
+
+    @property
+    def stdout(self) -> BinaryIO:
+        """What it writes; with a terminal, all that the terminal shows."""
+
+    @property
+    def stderr(self) -> BinaryIO:
+        """What it writes there; with a terminal nothing."""
+
+    @property
+    def message(self) -> str:
+        """Why it didn't start, known after :meth:`wait`."""
+
+    @property
+    def timed_out(self) -> bool:
+        """It was killed because its time was up, known after :meth:`wait`."""
 
     def resize(self, columns: int, rows: int) -> None:
         """Its terminal has another size now."""

@@ -49,8 +49,8 @@ def choose(wanted: EngineName) -> Choice:
     """
     if wanted == "kvm":
         found = probe.kvm()
-        if found.verdict in ("missing", "not_permitted", "broken"):
-            message = f"the engine kvm can't run here: {found.summary}"
+        if found.verdict != "usable":
+            message = f"the engine kvm can't run machines here: {found.summary}"
             raise UnsupportedError(message, hint=found.remedy or "use --engine bt")
         return Choice(engine="kvm", reason="asked for")
     if wanted != "auto":

@@ -63,11 +63,14 @@ class _Account:
     line: str
 
 
-def entries(document: Document, *, etc: Path = Path("/etc"), root: Path = Path("/")) -> list[Json]:
+def entries(
+    document: Document, folder: Path, *, etc: Path = Path("/etc"), root: Path = Path("/")
+) -> list[Json]:
     """The entries of the virtio-fs device for the host's root, with their descriptors handed over.
 
     Args:
         document: Gets the descriptors.
+        folder: Where the files are made that take the host's place.
         etc: The directory that becomes ``/etc``.
         root: Whose ``usr``, ``bin`` and so on are shared.
 
@@ -88,7 +91,7 @@ def entries(document: Document, *, etc: Path = Path("/etc"), root: Path = Path("
         "machine-id": "",
     }
     for name, text in generated.items():
-        fd = document.give_bytes(name, text.encode())
+        fd = document.give_text(folder / name, text)
         found.append({"path": f"etc/{name}", "fd": fd, "ids": "squash:0:0", "cache": "always"})
     found.append({"path": "etc/mtab", "symlink": "../proc/self/mounts"})
     found.append({"path": "var/run", "symlink": "/run"})

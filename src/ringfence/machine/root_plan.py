@@ -17,6 +17,7 @@ from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from ringfence.machine.document import Document, Json
     from ringfence.machine.spec import Mount, Root
@@ -29,8 +30,13 @@ _MOUNTS_TAG = "mounts"
 _ROOT_SERIAL = "root"
 
 
-def add_root(document: Document, root: Root) -> RootSpec:
+def add_root(document: Document, root: Root, folder: Path) -> RootSpec:
     """Adds the root's device to the document.
+
+    Args:
+        document: Gets it.
+        root: What it is.
+        folder: For files of the machine's own.
 
     Raises:
         HostError: A file can't be opened.
@@ -38,7 +44,7 @@ def add_root(document: Document, root: Root) -> RootSpec:
     """
     match root:
         case HostRoot():
-            document.add_device("fs", tag=_ROOT_TAG, entries=host_root.entries(document))
+            document.add_device("fs", tag=_ROOT_TAG, entries=host_root.entries(document, folder))
             return RootSpec.virtiofs(_ROOT_TAG)
         case DirectoryRoot():
             fd = document.give_file(root.path, os.O_RDONLY | os.O_DIRECTORY)

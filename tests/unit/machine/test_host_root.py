@@ -71,7 +71,7 @@ def test_only_what_is_named_is_in_the_tree(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "bin").symlink_to("usr/bin")
     with Document(name="x", engine="bt", memory_mib=64, vcpus=1) as document:
-        entries = host_root.entries(document, etc=etc, root=tmp_path)
+        entries = host_root.entries(document, tmp_path, etc=etc, root=tmp_path)
     shared = {str(entry["path"]) for entry in entries if "fd" in entry}
     assert shared == {"usr", "lib64", "etc", "etc/passwd", "etc/group", "etc/machine-id"}
     assert {"path": "bin", "symlink": "usr/bin"} in entries
