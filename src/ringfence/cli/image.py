@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringfence.cli import image_show, output
+from ringfence.cli import image_make, image_show, output
 from ringfence.cli.image_progress import Bars
 from ringfence.errors import ConfigError
 from ringfence.image.platforms import Platform
@@ -28,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     _configure_transfer(add)
     _configure_show(add)
+    image_make.configure(add)
     importing = add("import", "take images from an OCI layout or a docker-archive")
     importing.add_argument("source", metavar="PATH", help="a directory or a tar; - is the input")
     importing.add_argument("--name", metavar="IMAGE", help="what to call it")
@@ -115,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         "inspect": image_show.inspect,
         "history": image_show.history,
         "diff": image_show.diff,
+        "create": image_make.create,
         "import": _import,
         "export": _export,
         "tag": _tag,

@@ -9,15 +9,13 @@ Source: OCI image specification 1.1, image-layout.md; Docker's ``docker save`` f
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ringfence.errors import ConfigError, FormatError, HostError, NotFoundError
 from ringfence.image import jsonio
-from ringfence.image.compression import Decompressed, compression_of
+from ringfence.image.compression import Decompressed, Peekable, compression_of
 from ringfence.image.config import ImageConfig
 from ringfence.image.manifests import Descriptor, Index, Manifest, MediaType, parse_document
 from ringfence.image.references import Digest, Reference
@@ -169,7 +167,7 @@ def _own_name(entry: Descriptor) -> str | None:
 
 
 def _from_archive(store: Store, file: BinaryIO, name: str | None, what: str) -> list[Tag]:
-    members, links = _take_members(store, _Rewindable(file))
+    members, links = _take_members(store, Peekable(file))
     for path, target in links.items():
         if target in members:
             members[path] = members[target]
@@ -187,41 +185,9 @@ def _from_archive(store: Store, file: BinaryIO, name: str | None, what: str) -> 
     raise FormatError(msg, hint=hint)
 
 
-class _Rewindable:
-    """The first bytes of a file again, for pipes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._start = b""
-        self._at = 0
-
-    def read(self, size: int = -1, /) -> bytes:
-        if self._start:
-            start, self._start = self._start[:size], self._start[size:]
-            self._at += len(start)
-            return start
-        data = self._file.read(size)
-        self._at += len(data)
-        return data
-
-    def peek(self) -> bytes:
-        while len(self._start) < 8:
-            more = self._file.read(8 - len(self._start))
-            if not more:
-                break
-            self._start += more
-        return self._start
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:  # noqa: ARG002 - a pipe can't
-        raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
-
-
 def _take_members(
     store: Store,
-    file: _Rewindable,
+    file: Peekable,
 ) -> tuple[dict[str, _Member], dict[str, str]]:
     """All files of an archive as blobs, by their name; and its links."""
     members: dict[str, _Member] = {}

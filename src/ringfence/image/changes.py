@@ -65,19 +65,20 @@ def is_opaque(path: Path) -> bool:
 
 
 def walk_layer(root: Path) -> Iterator[tuple[bytes, os.DirEntry[str]]]:
-    """All names of an unpacked layer, each directory before what is in it, sorted."""
-    pending = [(b"", root)]
+    """All names of an unpacked layer, sorted, what is in a directory right after it."""
+    pending = _listed(b"", str(root))
     while pending:
-        prefix, folder = pending.pop()
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
-        below: list[tuple[bytes, Path]] = []
-        for entry in entries:
-            name = prefix + os.fsencode(entry.name)
-            yield name, entry
-            if entry.is_dir(follow_symlinks=False):
-                below.append((name + b"/", Path(entry.path)))
-        pending += reversed(below)
+        name, entry = pending.pop()
+        yield name, entry
+        if entry.is_dir(follow_symlinks=False):
+            pending += _listed(name + b"/", entry.path)
+
+
+def _listed(prefix: bytes, folder: str) -> list[tuple[bytes, os.DirEntry[str]]]:
+    """A directory's names, the last first."""
+    with os.scandir(folder) as found:
+        names = [(prefix + os.fsencode(entry.name), entry) for entry in found]
+    return sorted(names, key=lambda pair: pair[0], reverse=True)
 
 
 def layer_changes(layer: Path, lowers: Sequence[Path]) -> Iterator[Change]:

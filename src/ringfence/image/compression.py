@@ -6,7 +6,9 @@ beside whoever uses the bytes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import queue
 import threading
 import zlib
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from ringfence.image.limits import Limits
 
-__all__ = ["Decompressed", "compression_of", "decompress"]
+__all__ = ["Decompressed", "Peekable", "compression_of", "decompress"]
 
 _INPUT = 1 << 18
 _OUTPUT = 1 << 20
@@ -65,6 +67,50 @@ class Source(Protocol):
     def seek(self, offset: int, whence: int = 0, /) -> int:
         """Go back to where the compression was asked for."""
         ...
+
+
+class _Readable(Protocol):
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+class Peekable:
+    """A file, perhaps a pipe, whose first bytes can be looked at.
+
+    Args:
+        file: The file.
+    """
+
+    def __init__(self, file: _Readable) -> None:
+        self._file = file
+        self._start = b""
+        self._at = 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        """At most `size` bytes; none at the end."""
+        if self._start:
+            start, self._start = self._start[:size], self._start[size:]
+            self._at += len(start)
+            return start
+        data = self._file.read(size)
+        self._at += len(data)
+        return data
+
+    def peek(self) -> bytes:
+        """The first 8 bytes, which stay to be read."""
+        while len(self._start) < 8:
+            more = self._file.read(8 - len(self._start))
+            if not more:
+                break
+            self._start += more
+        return self._start
+
+    def tell(self) -> int:
+        """Bytes read so far."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:  # noqa: ARG002 - a pipe can't
+        """Refused: a pipe has no way back."""
+        raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
 
 
 class _Inflater(Protocol):

@@ -111,6 +111,9 @@ def prune(store: Store, *, every: bool, timeout_s: float) -> Pruned:
                 folder.rename(gone)
                 remove_tree(gone)
                 layers += 1
+        for path in list((store.root / "disks").iterdir()):
+            if path.stem not in reach.layers:
+                path.unlink()
         blobs = size = 0
         for digest in list(store.blobs.digests()):
             if digest not in reach.blobs:

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from ringfence.errors import FormatError, InternalError
+from ringfence.errors import FormatError, HostError, InternalError
 from ringfence.image.compression import Decompressed
 from ringfence.image.config import chain_ids
+from ringfence.image.erofs import write_erofs
 from ringfence.image.locking import locked, try_lock
+from ringfence.image.merged import merge
 from ringfence.image.ownership import Ownership
+from ringfence.image.references import Digest
 from ringfence.image.unpack import unpack_layer
 
 if TYPE_CHECKING:
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ringfence.image.manifests import Descriptor
-    from ringfence.image.references import Digest
     from ringfence.image.store import Image, Store
 
 __all__ = ["RootTree", "rootfs"]
@@ -147,6 +149,35 @@ def _unpack(
     except BaseException:
         remove_tree(work)
         raise
+    return target
+
+
+def disk(store: Store, image: Image) -> Path:
+    """What `Store.disk` does."""
+    chain = chain_ids(image.config.diff_ids)
+    name = chain[-1] if chain else Digest.of(b"")
+    target = store.root / "disks" / f"{name.hex}.erofs"
+    if target.exists():
+        return target
+    with (
+        store.using(),
+        locked(store.root / "partial" / f"disk-{name.hex}.lock", shared=False),
+        rootfs(store, image) as tree,
+    ):
+        if target.exists():
+            return target
+        work = store.blobs.temporary()
+        try:
+            write_erofs(merge(tree.layers), work, bytes.fromhex(name.hex[:32]))
+            work.chmod(0o444)
+            work.rename(target)
+        except OSError as error:
+            work.unlink(missing_ok=True)
+            msg = f"cannot make a disk of {image.name}: {error.strerror}"
+            raise HostError(msg, errno=error.errno, path=error.filename) from error
+        except BaseException:
+            work.unlink(missing_ok=True)
+            raise
     return target
 
 

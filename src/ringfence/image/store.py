@@ -5,6 +5,7 @@
     <root>/blobs/sha256/<hex>   manifests, configurations, layers as they came
     <root>/tags/<hash>.json     names
     <root>/layers/<id>/         unpacked layers, as lower directories of an overlay
+    <root>/disks/<id>.erofs     whole images as disks
     <root>/partial/             downloads that can go on
     <root>/tmp/                 work in progress
     <root>/lock                 shared by whoever uses the store; alone, the collector of garbage
@@ -93,7 +94,7 @@ class Store:
         self.limits = limits if limits is not None else Limits()
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for name in ("blobs/sha256", "tags", "layers", "partial", "tmp"):
+            for name in ("blobs/sha256", "tags", "layers", "disks", "partial", "tmp"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             msg = f"cannot make the image store {self.root}: {error.strerror}"
@@ -293,3 +294,14 @@ class Store:
         from ringfence.image import rootfs  # noqa: PLC0415 - decompressors are slow to import
 
         return rootfs.rootfs(self, image)
+
+    def disk(self, image: Image) -> Path:
+        """The image as a read-only EROFS disk: opened, it stays whatever `prune` does.
+
+        Raises:
+            FormatError: A layer isn't what its digest says, or is hostile.
+            HostError: The disk is full.
+        """
+        from ringfence.image import rootfs  # noqa: PLC0415 - decompressors are slow to import
+
+        return rootfs.disk(self, image)

@@ -46,8 +46,8 @@ def test_images_by_hand(
 
 
 @pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("store")
 def test_failures_have_a_status_and_a_hint(
-    store: Store,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["image", "inspect", "absent"]) == 125
@@ -56,8 +56,8 @@ def test_failures_have_a_status_and_a_hint(
 
 
 @pytest.mark.usefixtures("store")
+@pytest.mark.usefixtures("store")
 def test_login_is_kept_for_this_user_alone(
-    store: Store,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
