@@ -28,6 +28,8 @@ use std::path::PathBuf;
 const NEW_ROOT: &str = "/root";
 /// Where file systems are mounted before parts of them are shown elsewhere.
 const HIDDEN: &str = "/run/ringfence";
+/// Where layers are joined, below the one that is written to. Short, as layers' names are.
+const JOINED: &str = "/joined";
 
 /// Puts the root together and makes it the agent's.
 ///
@@ -88,16 +90,35 @@ fn overlay(
         // A root of one layer isn't joined.
         return bind(Path::new(&lower.concat()), Path::new(NEW_ROOT), true);
     }
-    let mut options = format!("lowerdir={}", lower.join(":"));
-    let mut flags = MountFlags::empty();
-    match upper {
-        Some(place) => {
-            let place = place.display();
-            options = format!("{options},upperdir={place}/data,workdir={place}/work");
-        }
-        None => flags |= MountFlags::RDONLY,
+    if upper.is_none() {
+        return join(&lower, NEW_ROOT);
     }
+    // Layers say which of their directories hide those below by attributes in the name space of
+    // users, and an upper layer in memory can only say it in that of the system. One overlay
+    // reads one of them, so layers are joined first.
+    if lower.len() > 1 {
+        join(&lower, JOINED)?;
+        lower = vec![JOINED.to_owned()];
+    }
+    let mut options = format!("lowerdir={}", lower.concat());
+    if let Some(place) = upper {
+        let place = place.display();
+        options = format!("{options},upperdir={place}/data,workdir={place}/work");
+    }
+    let flags = MountFlags::empty();
     mount("root", Path::new(NEW_ROOT), "overlay", flags, &options)
+}
+
+/// Joins several layers, read only.
+fn join(lower: &[String], target: &str) -> Result<(), AgentError> {
+    let options = format!("userxattr,lowerdir={}", lower.join(":"));
+    mount(
+        "layers",
+        Path::new(target),
+        "overlay",
+        MountFlags::RDONLY,
+        &options,
+    )
 }
 
 /// File systems that are mounted out of sight, one for each source.

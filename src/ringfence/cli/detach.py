@@ -81,7 +81,7 @@ def _run(spec: MachineSpec, command: tuple[str, ...], report: int, *, keep: bool
     code: int | None = None
     try:
         machine.start()
-        process = machine.popen(command, stdin=False) if command else None
+        process = machine.popen(machine.command, stdin=False) if machine.command else None
     except RingfenceError as error:
         say(error=error_to(error))
         machine.close()

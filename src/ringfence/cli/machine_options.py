@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     files = parser.add_argument_group("its files (the host's own programs unless said otherwise)")
     files.add_argument("--image", metavar="REFERENCE", help="an OCI image")
+    files.add_argument(
+        "--entrypoint", metavar="WORDS", help="what comes before the command, for the image's own"
+    )
     files.add_argument("--root", metavar="DIRECTORY", help="a directory of the host")
     files.add_argument("--disk", metavar="FILE", help="a disk image, together with --disk-format")
     files.add_argument("--disk-format", metavar="FORMAT", help="raw or qcow2: never guessed")
@@ -152,6 +156,8 @@ def machine_spec(args: argparse.Namespace) -> MachineSpec:
         "boot_timeout_s": args.boot_timeout,
         "writable": args.writable,
     }
+    if args.entrypoint is not None:
+        options["entrypoint"] = shlex.split(args.entrypoint)
     if args.kernel is not None:
         options["kernel"] = args.kernel
     if args.image is not None:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         from ringfence.cli import detach  # noqa: PLC0415 - only in the background
 
         return detach.run_detached(spec, command, keep=not args.rm, quiet=args.quiet)
-    return _run_here(spec, command or ("/bin/sh",), args)
+    return _run_here(spec, command, args)
 
 
 def command_of(words: list[str]) -> tuple[str, ...]:
@@ -72,6 +72,7 @@ def _run_here(spec: MachineSpec, command: tuple[str, ...], args: argparse.Namesp
         phases = Phases(on_change=lambda phase: spinner.say(f"starting a machine: {phase}"))
         machine = Machine(spec, command=command, keep=keep, phases=phases)
         machine.start()
+    command = machine.command or ("/bin/sh",)
     code: int | None = None
     try:
         with phases.measure("command"):

@@ -79,11 +79,15 @@ class Machine(Commands):
         self._watch: Watch | None = None
         self._closed = False
         self._reason = ""
-        self._defaults = CommandDefaults(
-            env=self._spec.env,
-            workdir=self._spec.workdir,
-            user=self._spec.user,
-            timeout_s=self._spec.timeouts.command_s,
+        self._defaults = self._defaults_of(self._spec)
+
+    @staticmethod
+    def _defaults_of(spec: MachineSpec) -> CommandDefaults:
+        return CommandDefaults(
+            env=spec.env,
+            workdir=spec.workdir,
+            user=spec.user,
+            timeout_s=spec.timeouts.command_s,
         )
 
     def start(self) -> Self:
@@ -102,6 +106,7 @@ class Machine(Commands):
             self._spec = dataclasses.replace(self._spec, engine=choice.engine)  # type: ignore[arg-type]
             driver = engines.load_driver(choice.engine)
             begin = time.perf_counter()
+            self._take_images_word()
             entry = state.create(self._record())
             try:
                 self._running = driver.start(self._spec, self._place(entry), self._phases)
@@ -112,6 +117,16 @@ class Machine(Commands):
                 raise
             self._phases.add("total", time.perf_counter() - begin)
         return self
+
+    def _take_images_word(self) -> None:
+        """Fills in what an image says, which is fetched when it isn't here."""
+        if isinstance(self._spec.root, ImageRoot):
+            # Most machines have no image, and the store takes its time to import.
+            from ringfence.machine import image_plan  # noqa: PLC0415
+
+            image = image_plan.find(self._spec.root, self._phases)
+            self._spec, self._command = image_plan.with_defaults(self._spec, image, self._command)
+            self._defaults = self._defaults_of(self._spec)
 
     def _entered(self, entry: state.Entry, running: Running) -> None:
         """What follows once it runs."""
@@ -179,6 +194,11 @@ class Machine(Commands):
     def name(self) -> str:
         """Its name; made up at the start if none was given."""
         return self._entry.record.name if self._entry else self._spec.name
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What it was started for; once it was started with what its image says."""
+        return self._command
 
     @property
     def engine(self) -> str:

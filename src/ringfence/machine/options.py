@@ -68,6 +68,8 @@ class MachineOptions(TypedDict, total=False):
     """Published ports, ``"HOST:GUEST"``."""
     hostname: str
     """Its name for itself."""
+    entrypoint: Iterable[str]
+    """What comes before a command, in place of the image's."""
     kernel: str | Path
     """A kernel's version or image."""
     timeout_s: float
@@ -115,6 +117,8 @@ def spec_from(options: MachineOptions) -> MachineSpec:
             boot_s=options.get("boot_timeout_s", 120.0),
         ),
     }
+    if "entrypoint" in options:
+        values["entrypoint"] = tuple(options["entrypoint"])
     plain = ("name", "engine", "vcpus", "workdir", "user", "network", "hostname", "kernel")
     given = cast("Mapping[str, object]", options)
     values |= {key: given[key] for key in plain if key in given}

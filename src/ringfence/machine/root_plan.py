@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ringfence.errors import UnsupportedError
 from ringfence.guest.spec import (
     MountSpec,
     MountType,
@@ -17,6 +16,7 @@ from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import ExitStack
     from pathlib import Path
 
     from ringfence.machine.document import Document, Json
@@ -30,17 +30,18 @@ _MOUNTS_TAG = "mounts"
 _ROOT_SERIAL = "root"
 
 
-def add_root(document: Document, root: Root, folder: Path) -> RootSpec:
+def add_root(document: Document, root: Root, folder: Path, stack: ExitStack) -> RootSpec:
     """Adds the root's device to the document.
 
     Args:
         document: Gets it.
         root: What it is.
         folder: For files of the machine's own.
+        stack: Holds what must stay until the machine has ended.
 
     Raises:
         HostError: A file can't be opened.
-        UnsupportedError: This kind of root isn't known here.
+        ConfigError: An image is for another kind of processor.
     """
     match root:
         case HostRoot():
@@ -57,8 +58,10 @@ def add_root(document: Document, root: Root, folder: Path) -> RootSpec:
             writable = _writable(direct=root.writable)
             return RootSpec.block(source, root.filesystem, writable=writable)
         case ImageRoot():
-            message = f"machines can't be made from images yet: {root.reference}"
-            raise UnsupportedError(message)
+            # Most machines have no image, and the store takes its time to import.
+            from ringfence.machine import image_plan  # noqa: PLC0415
+
+            return image_plan.add_image(document, root, _ROOT_TAG, stack)
 
 
 def _ids() -> str:

@@ -184,6 +184,7 @@ class MachineSpec:
         network: How it is connected: ``none``, ``user``, ``nat``, ... or a network's name.
         ports: Published ports, as ``HOST:GUEST``.
         hostname: Its name for itself; the machine's name when empty.
+        entrypoint: What comes before a command, in place of the image's; None is the image's own.
         kernel: A kernel's version or image; the newest at hand when None.
         timeouts: How long things may take.
 
@@ -203,6 +204,7 @@ class MachineSpec:
     network: str = "none"
     ports: tuple[str, ...] = ()
     hostname: str = ""
+    entrypoint: tuple[str, ...] | None = None
     kernel: str | Path | None = None
     timeouts: Timeouts = field(default_factory=Timeouts)
 
