@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import bt, results
+from benchmarks import boot, bt, results, vm
 
-SUITES = ("bt",)
+SUITES = ("boot", "vm", "bt")
 
 
 def main() -> int:
@@ -20,6 +20,7 @@ def main() -> int:
     run.add_argument("suites", nargs="*", choices=[*SUITES, []], help="all when none is named")
     run.add_argument("--rounds", type=int, default=3)
     run.add_argument("--quick", action="store_true", help="one round, no whole programs")
+    run.add_argument("--engine", choices=["bt", "kvm"], default="bt", help="of boot and vm")
     run.add_argument("--out", type=Path)
     compare = verbs.add_parser("compare", help="two runs beside each other")
     compare.add_argument("before", type=Path)
@@ -31,6 +32,10 @@ def main() -> int:
     rounds = 1 if options.quick else options.rounds
     suites = []
     for name in options.suites or SUITES:
+        if name == "boot":
+            suites += boot.run(rounds, engine=options.engine, log=sys.stderr.write)
+        if name == "vm":
+            suites += vm.run(rounds, engine=options.engine, log=sys.stderr.write)
         if name == "bt":
             suites += bt.run(rounds, whole=not options.quick, log=sys.stderr.write)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

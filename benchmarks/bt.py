@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from benchmarks import debian, programs, systems
-from benchmarks.results import Row, Suite, geometric_mean
+from benchmarks.results import Row, Suite, geometric_mean, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ def _row(suite: Suite, work: str) -> Row:
     most, least = targets(work)
     slower, faster = suite.ratio(work, "bt", "native"), suite.ratio(work, "tcg", "bt")
     reached = _holds(slower, most) and _holds(-faster, None if least is None else -least)
-    times = [_time(suite.median(work, system)) for system in ("native", "bt", "tcg")]
+    times = [seconds(suite.median(work, system)) for system in ("native", "bt", "tcg")]
     return Row(
         name=work,
         cells=(*times, f"{slower:.2f}", _limit(most), f"{faster:.2f}", _limit(least)),
@@ -88,10 +88,6 @@ def _holds(value: float, limit: float | None) -> bool:
 
 def _limit(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _micro(rounds: int, log: Log) -> Suite:
@@ -112,7 +108,13 @@ def _micro(rounds: int, log: Log) -> Suite:
         0, Row(name="compute, mean", cells=mean, reached=slower <= 1.8 and faster >= 5)
     )
     boot = (
-        *(["", _time(suite.median("whole run", "bt")), _time(suite.median("whole run", "tcg"))]),
+        *(
+            [
+                "",
+                seconds(suite.median("whole run", "bt")),
+                seconds(suite.median("whole run", "tcg")),
+            ]
+        ),
     )
     faster = suite.ratio("whole run", "tcg", "bt")
     suite.rows.append(
@@ -135,7 +137,7 @@ def _threads(rounds: int, log: Log) -> Suite:
         one, two = (suite.median(f"thread-{count}", system) for count in ("one", "two"))
         done = 2 * one / two
         target, reached = ("1.9", done >= 1.9) if system == "bt" else ("", None)
-        cells = (_time(one), _time(two), f"{done:.2f}", target)
+        cells = (seconds(one), seconds(two), f"{done:.2f}", target)
         suite.rows.append(Row(name=system, cells=cells, reached=reached))
     return suite
 

@@ -112,6 +112,11 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
+def seconds(value: float) -> str:
+    """A time as tables show it."""
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
 def host() -> Json:
     """What the figures were measured on."""
     info = Path("/proc/cpuinfo").read_text().splitlines()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import subprocess
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from benchmarks import programs
 from ringfence import _binaries
@@ -17,9 +19,9 @@ from tests.framework.vm_process import VmProcess
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 LINE = re.compile(r"^@ (\S+) (\d+) (\d+)\s*$", re.MULTILINE)
+VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 CMDLINE = "console=ttyS0 quiet panic=-1 mitigations=off i8042.noaux i8042.nomux i8042.dumbkbd"
 
 
@@ -64,6 +66,7 @@ class Work:
         vcpus: Processors.
         memory_mib: RAM.
         disk: A raw image for ``/dev/vda``; what is written to it is lost.
+        share: A directory that the guest has by virtio-fs, read only, under the tag ``share``.
         timeout_s: How long it may take.
     """
 
@@ -71,6 +74,7 @@ class Work:
     vcpus: int = 1
     memory_mib: int = 512
     disk: Path | None = None
+    share: Path | None = None
     timeout_s: float = 300.0
 
 
@@ -105,6 +109,41 @@ def native(commands: Sequence[str], root: Path | None = None) -> Outcome:
     )
 
 
+def prepare(work: Work, engine: str, stack: ExitStack) -> VmProcess:
+    """A VM process that is yet to be started."""
+    devices: list[dict[str, object]] = []
+    descriptors = []
+    if work.disk is not None:
+        fd = stack.enter_context(_copy(work.disk)).fileno()
+        descriptors.append(fd)
+        devices.append({"type": "block", "fd": fd, "format": "raw"})
+    if work.share is not None:
+        fd = os.open(work.share, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, fd)
+        descriptors.append(fd)
+        entry = {"path": "/", "fd": fd, "read_only": True, "cache": "auto"}
+        devices.append({"type": "fs", "tag": "share", "entries": [entry]})
+    return VmProcess(
+        _binaries.find("ringfence-vm"),
+        engine=engine,
+        kernel=programs.kernel().image,
+        initramfs=work.initramfs,
+        cmdline=CMDLINE,
+        memory_mib=work.memory_mib,
+        vcpus=work.vcpus,
+        devices=devices,
+        descriptors=descriptors,
+    )
+
+
+def _copy(image: Path) -> IO[bytes]:
+    """A copy of an image that goes away by itself."""
+    file = tempfile.NamedTemporaryFile(dir=image.parent)  # noqa: SIM115 - the caller closes it
+    command: list[str | Path] = ["cp", "--sparse=always", "--reflink=auto", image, file.name]
+    subprocess.run(command, check=True)
+    return file
+
+
 def ours(work: Work, engine: str = "bt") -> Outcome:
     """Runs a guest by one of our engines.
 
@@ -113,26 +152,7 @@ def ours(work: Work, engine: str = "bt") -> Outcome:
         RuntimeError: It ended otherwise than by powering off.
     """
     with ExitStack() as stack:
-        devices: list[dict[str, object]] = []
-        descriptors = []
-        if work.disk is not None:
-            copy = stack.enter_context(tempfile.NamedTemporaryFile(dir=work.disk.parent))
-            subprocess.run(
-                ["cp", "--sparse=always", "--reflink=auto", work.disk, copy.name], check=True
-            )
-            descriptors.append(copy.fileno())
-            devices.append({"type": "block", "fd": copy.fileno(), "format": "raw"})
-        process = VmProcess(
-            _binaries.find("ringfence-vm"),
-            engine=engine,
-            kernel=programs.kernel().image,
-            initramfs=work.initramfs,
-            cmdline=CMDLINE,
-            memory_mib=work.memory_mib,
-            vcpus=work.vcpus,
-            devices=devices,
-            descriptors=descriptors,
-        )
+        process = prepare(work, engine, stack)
         start = time.monotonic()
         vm = stack.enter_context(process)
         vm.wait_serial("@ init", work.timeout_s)
@@ -147,23 +167,48 @@ def ours(work: Work, engine: str = "bt") -> Outcome:
     return Outcome(timed=parse(text), whole_s=whole, first_s=first, text=text)
 
 
-def qemu(work: Work, machine: str = "q35") -> Outcome:
-    """Runs the same guest in QEMU with its own translator.
+def qemu(work: Work, machine: str = "q35", accel: str = "tcg") -> Outcome:
+    """Runs the same guest in QEMU: with its own translator, or with KVM.
 
     Raises:
         TimeoutError: It didn't end.
     """
     argv = [
-        *("qemu-system-x86_64", "-machine", machine, "-cpu", "max"),
-        *("-accel", "tcg,thread=multi", "-smp", str(work.vcpus), "-m", f"{work.memory_mib}M"),
+        *("qemu-system-x86_64", "-machine", f"{machine},memory-backend=ram"),
+        *("-object", f"memory-backend-memfd,id=ram,size={work.memory_mib}M,share=on"),
+        *("-cpu", "max", "-accel", "tcg,thread=multi" if accel == "tcg" else accel),
+        *("-smp", str(work.vcpus), "-m", f"{work.memory_mib}M"),
         *("-kernel", str(programs.kernel().image), "-initrd", str(work.initramfs)),
         *("-append", CMDLINE + (" reboot=t" if machine.startswith("microvm") else "")),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-serial", "stdio"),
     ]
-    if work.disk is not None:
-        argv += ["-drive", f"file={work.disk},format=raw,if=none,id=disk,snapshot=on"]
-        argv += ["-device", "virtio-blk-pci,drive=disk"]
+    with ExitStack() as stack:
+        if work.disk is not None:
+            disk = stack.enter_context(_copy(work.disk)).name
+            argv += ["-drive", f"file={disk},format=raw,if=none,id=disk"]
+            argv += ["-device", "virtio-blk-pci,drive=disk"]
+        if work.share is not None:
+            argv += _virtiofsd(work.share, stack)
+        return _run_qemu(argv, work, stops=not machine.startswith("microvm"))
+
+
+def _virtiofsd(share: Path, stack: ExitStack) -> list[str]:
+    """Starts QEMU's file server and returns how its device is named."""
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "files"
+    argv = [VIRTIOFSD, f"--socket-path={path}", "-o", f"source={share}", "-o", "cache=auto"]
+    server = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    stack.callback(server.wait)
+    stack.callback(server.kill)
+    deadline = time.monotonic() + 10
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    device = "vhost-user-fs-pci,chardev=files,tag=share"
+    return ["-chardev", f"socket,id=files,path={path}", "-device", device]
+
+
+def _run_qemu(argv: list[str], work: Work, *, stops: bool) -> Outcome:
+    """Runs QEMU to its end, or to the guest's where the machine can't power off."""
     start = time.monotonic()
     first = 0.0
     output = bytearray()
@@ -171,18 +216,25 @@ def qemu(work: Work, machine: str = "q35") -> Outcome:
         assert process.stdout is not None
         fd = process.stdout.fileno()
         try:
-            while chunk := os.read(fd, 65536):
+            while chunk := _read(fd, start + work.timeout_s):
                 output += chunk
                 if not first and b"@ init" in output:
                     first = time.monotonic() - start
-                # A machine without power management halts in place of powering off.
-                if b"\n@ end" in output and machine.startswith("microvm"):
+                if not stops and b"\n@ end" in output:
                     break
-                if time.monotonic() - start > work.timeout_s:
-                    message = f"QEMU's guest didn't end\n{output[-3000:].decode(errors='replace')}"
-                    raise TimeoutError(message)
             whole = time.monotonic() - start
+        except TimeoutError as error:
+            message = f"QEMU's guest didn't end\n{output[-3000:].decode(errors='replace')}"
+            raise TimeoutError(message) from error
         finally:
             process.kill()
     text = output.decode(errors="replace")
     return Outcome(timed=parse(text), whole_s=whole, first_s=first, text=text)
+
+
+def _read(fd: int, deadline: float) -> bytes:
+    """What a pipe has next; nothing at its end."""
+    ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+    if not ready:
+        raise TimeoutError
+    return os.read(fd, 65536)

@@ -108,7 +108,7 @@ int main(int argc, char **argv)
     report("init", now_ns(), 0);
     load_modules();
     FILE *list = fopen("/commands", "re");
-    if (!access("/dev/vda", F_OK)) {
+    if (!access("/modules/ext4", F_OK)) {
         mount_at("ext4", "/dev/vda", "/root");
         mount_kernel("/root");
         enter("/root");
