@@ -1,22 +1,22 @@
-"""What an image says about its machines, and its layers as the parts of a shared tree."""
+"""What an image says about its machines, and the image as a disk."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import TYPE_CHECKING
 
 from ringfence.errors import ConfigError, NotFoundError
-from ringfence.guest.spec import LayerKind, LayerSpec, RootSpec
+from ringfence.guest.spec import RootSpec
 from ringfence.image import Store
 
 if TYPE_CHECKING:
-    from contextlib import ExitStack
-
     from ringfence.image import Image
-    from ringfence.machine.document import Document, Json
+    from ringfence.machine.document import Document
     from ringfence.machine.phases import Phases
     from ringfence.machine.spec import ImageRoot, MachineSpec
+
+# The guest finds its root disk by this serial number.
+_SERIAL = "root"
 
 __all__ = ["add_image", "find", "with_defaults"]
 
@@ -58,14 +58,15 @@ def with_defaults(
     return filled, (*entry, *arguments)
 
 
-def add_image(document: Document, root: ImageRoot, tag: str, stack: ExitStack) -> RootSpec:
-    """Adds one device that shares all layers of the image.
+def add_image(document: Document, root: ImageRoot) -> RootSpec:
+    """Adds the image as one read-only disk, under a writable layer in the guest's memory.
+
+    A disk keeps the image's owners and device nodes whoever runs the machine, and is several times
+    faster to walk than layers shared over virtio-fs (ADR 82).
 
     Args:
         document: Gets it.
         root: The image, which is in the store.
-        tag: What the guest mounts it by.
-        stack: Holds the layers until the machine has ended.
 
     Raises:
         ConfigError: The image is for another kind of processor.
@@ -75,14 +76,6 @@ def add_image(document: Document, root: ImageRoot, tag: str, stack: ExitStack) -
     if image.config.platform.architecture != "amd64":
         message = f"the image {root.reference} is for {image.config.platform}, not linux/amd64"
         raise ConfigError(message)
-    tree = stack.enter_context(store.rootfs(image))
-    # Root keeps the files' owners; an ordinary user's store can't, and all are root's.
-    ids = "host" if os.geteuid() == 0 else "squash:0:0"
-    entries: list[Json] = []
-    layers = []
-    for number, path in enumerate(tree.layers):
-        fd = document.give_file(path, os.O_RDONLY | os.O_DIRECTORY)
-        entries.append({"path": f"l{number}", "fd": fd, "ids": ids, "cache": "always"})
-        layers.append(LayerSpec(kind=LayerKind.VIRTIOFS, source=tag, subpath=f"/l{number}"))
-    document.add_device("fs", tag=tag, entries=entries, xattrs="user")
-    return RootSpec(layers=tuple(layers))
+    fd = document.give_file(store.disk(image))
+    document.add_device("block", fd=fd, format="raw", backing=[], read_only=True, serial=_SERIAL)
+    return RootSpec.block(f"serial:{_SERIAL}", "erofs")

@@ -16,7 +16,6 @@ from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import ExitStack
     from pathlib import Path
 
     from ringfence.machine.document import Document, Json
@@ -30,14 +29,13 @@ _MOUNTS_TAG = "mounts"
 _ROOT_SERIAL = "root"
 
 
-def add_root(document: Document, root: Root, folder: Path, stack: ExitStack) -> RootSpec:
+def add_root(document: Document, root: Root, folder: Path) -> RootSpec:
     """Adds the root's device to the document.
 
     Args:
         document: Gets it.
         root: What it is.
         folder: For files of the machine's own.
-        stack: Holds what must stay until the machine has ended.
 
     Raises:
         HostError: A file can't be opened.
@@ -61,7 +59,7 @@ def add_root(document: Document, root: Root, folder: Path, stack: ExitStack) -> 
             # Most machines have no image, and the store takes its time to import.
             from ringfence.machine import image_plan  # noqa: PLC0415
 
-            return image_plan.add_image(document, root, _ROOT_TAG, stack)
+            return image_plan.add_image(document, root)
 
 
 def _ids() -> str:

@@ -141,7 +141,7 @@ def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -
         name=place.name, engine=spec.engine, memory_mib=spec.memory_mib, vcpus=spec.vcpus
     )
     with document, phases.measure("vm process"):
-        root = root_plan.add_root(document, spec.root, place.folder, stack)
+        root = root_plan.add_root(document, spec.root, place.folder)
         mounts = root_plan.extra_mounts(spec.root)
         mounts += root_plan.add_mounts(document, spec.mounts, _owner(spec))
         interfaces = network_plan.add_networks(document, spec, place, stack)
