@@ -1,7 +1,8 @@
-"""Builds the two binaries of the trust boundary and puts them where the package looks for them.
+"""Builds the binaries of the trust boundary and puts them where the package looks for them.
 
 ``ringfence-vm`` is an ordinary program of this host; ``ringfence-agent`` runs as PID 1 of guests that have
-nothing else, so it is static: by the musl target where rustup has it, by a static glibc otherwise.
+nothing else and ``ringfence-init`` in containers that may have nothing, so these are static: by the musl
+target where rustup has it, by a static glibc otherwise.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ def has_musl() -> bool:
     return added.returncode == 0
 
 
-def build_agent() -> Path:
-    """The static agent."""
+def build_static(package: str) -> Path:
+    """A program that needs no libraries."""
     if has_musl():
-        return built("ringfence-agent", "--profile", "agent", "--target", MUSL)
+        return built(package, "--profile", "agent", "--target", MUSL)
     flags = f"{os.environ.get('RUSTFLAGS', '')} -C target-feature=+crt-static".strip()
     environment = {**os.environ, "RUSTFLAGS": flags}
-    return built("ringfence-agent", "--profile", "agent", "--target", GLIBC, env=environment)
+    return built(package, "--profile", "agent", "--target", GLIBC, env=environment)
 
 
 def put(program: Path) -> None:
@@ -75,13 +76,14 @@ def put(program: Path) -> None:
 
 
 def main() -> int:
-    """Builds both."""
+    """Builds all."""
     if shutil.which("cargo") is None:
         sys.stderr.write("cargo is missing: install Rust 1.88 or later (https://rustup.rs)\n")
         return 1
     try:
         put(built("ringfence-vm", "--release"))
-        put(build_agent())
+        put(build_static("ringfence-agent"))
+        put(build_static("ringfence-init"))
     except subprocess.CalledProcessError as error:
         return error.returncode
     return 0

@@ -1,0 +1,210 @@
+//! The container's root: put together before it is entered, while the host's `/proc` is there.
+
+use std::ffi::CString;
+use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::FileType;
+use rustix::fs::Mode;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::mount::MountFlags;
+use rustix::mount::MountPropagationFlags;
+use rustix::mount::OpenTreeFlags;
+use rustix::mount::UnmountFlags;
+
+use crate::console;
+use crate::devices;
+use crate::error::InitError;
+use crate::error::Step;
+use crate::hooks;
+use crate::mounts;
+use crate::paths::Tree;
+use crate::plan::Console;
+use crate::plan::Root;
+use crate::status::Runtime;
+use crate::sys;
+
+const READ_ONLY: u64 = 1;
+const NULL: &str = "/dev/null";
+
+/// What is known once the root is entered.
+#[derive(Default)]
+pub(crate) struct Entered {
+    /// The program's end of its terminal.
+    pub(crate) terminal: Option<OwnedFd>,
+    /// The container's state, for hooks.
+    pub(crate) state: String,
+}
+
+/// Mounts what the container sees. The root isn't entered yet.
+pub(crate) fn build(root: &Root) -> Result<Tree, InitError> {
+    let propagation = MountPropagationFlags::from_bits_retain(root.propagation);
+    rustix::mount::mount_change("/", propagation)
+        .step(|| "set the mounts' propagation".to_owned())?;
+    match &root.overlay {
+        Some(overlay) => mounts::overlay(overlay, &root.path)?,
+        None => bind_to_itself(&root.path)?,
+    }
+    // pivot_root refuses a root whose mount, or whose parent mount, is shared.
+    if propagation.contains(MountPropagationFlags::SHARED) {
+        make_parent_private(&root.path)?;
+    }
+    let tree = Tree::open(&root.path)?;
+    for mount in &root.mounts {
+        mounts::put(&tree, mount)?;
+    }
+    for device in &root.devices {
+        devices::put(&tree, device)?;
+    }
+    for (name, points_to) in &root.links {
+        devices::link(&tree, name, points_to)?;
+    }
+    Ok(tree)
+}
+
+fn bind_to_itself(path: &str) -> Result<(), InitError> {
+    rustix::mount::mount_bind_recursive(path, path).step(|| format!("bind the root {path}"))
+}
+
+/// The mount above the root, whatever directory it is at, must not pass our changes on.
+fn make_parent_private(path: &str) -> Result<(), InitError> {
+    let mut place = Some(Path::new(path));
+    while let Some(directory) = place {
+        match rustix::mount::mount_change(directory, MountPropagationFlags::PRIVATE) {
+            Ok(()) if directory != Path::new(path) => return Ok(()),
+            Ok(()) | Err(Errno::INVAL) => place = directory.parent(),
+            Err(error) => {
+                return Err(error).step(|| format!("make {} private", directory.display()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Hides and protects paths, asks for the hooks, and enters the root.
+pub(crate) fn enter(
+    root: &Root,
+    tree: &Tree,
+    terminal: Option<&Console>,
+    runtime: &mut Runtime,
+) -> Result<Entered, InitError> {
+    let terminal = terminal
+        .map(|wanted| console::open(tree, wanted))
+        .transpose()?;
+    let mut state = String::new();
+    if root.ask_hooks {
+        state = runtime.ask("hooks")?;
+        hooks::run(&root.create_hooks, &state)?;
+    }
+    for path in &root.read_only_paths {
+        protect(tree, path)?;
+    }
+    if !root.masked.is_empty() {
+        let null = open_null()?;
+        for path in &root.masked {
+            mask(tree, path, &null, root.label.as_deref())?;
+        }
+    }
+    if root.read_only {
+        mounts::set_attributes(tree.root(), false, READ_ONLY, 0, None)
+            .step(|| "make the root read only".to_owned())?;
+    }
+    change(root, tree)?;
+    Ok(Entered { terminal, state })
+}
+
+fn protect(tree: &Tree, path: &str) -> Result<(), InitError> {
+    let what = || format!("make {path} read only");
+    let handle = match tree.handle(Path::new(path)) {
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+        result => result.step(what)?,
+    };
+    let copy = mounts::copy_of(handle.as_fd(), true).step(what)?;
+    mounts::attach(&copy, handle.as_fd()).step(what)?;
+    mounts::set_attributes(copy.as_fd(), true, READ_ONLY, 0, None).step(what)
+}
+
+/// The host's null device, which masks a file: the container's own could be anything.
+fn open_null() -> Result<OwnedFd, InitError> {
+    let what = || "open /dev/null".to_owned();
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let null = rustix::fs::open(NULL, flags, Mode::empty()).step(what)?;
+    let status = rustix::fs::fstat(&null).step(what)?;
+    if FileType::from_raw_mode(status.st_mode) == FileType::CharacterDevice
+        && status.st_rdev == rustix::fs::makedev(1, 3)
+    {
+        return Ok(null);
+    }
+    Err(InitError::Refused(
+        "the host's /dev/null isn't the null device".to_owned(),
+    ))
+}
+
+fn mask(tree: &Tree, path: &str, null: &OwnedFd, label: Option<&str>) -> Result<(), InitError> {
+    let what = || format!("hide {path}");
+    let handle = match tree.handle(Path::new(path)) {
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+        result => result.step(what)?,
+    };
+    let status = rustix::fs::fstat(&handle).step(what)?;
+    if FileType::from_raw_mode(status.st_mode) == FileType::Directory {
+        let data = label.map_or_else(CString::default, |text| {
+            CString::new(text).unwrap_or_default()
+        });
+        let place = Tree::name(handle.as_fd());
+        return rustix::mount::mount(
+            "tmpfs",
+            place.as_str(),
+            "tmpfs",
+            MountFlags::RDONLY,
+            data.as_c_str(),
+        )
+        .step(what);
+    }
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let copy = rustix::mount::open_tree(null, "", flags).step(what)?;
+    mounts::attach(&copy, handle.as_fd()).step(what)
+}
+
+fn change(root: &Root, tree: &Tree) -> Result<(), InitError> {
+    let what = || "change the root".to_owned();
+    rustix::process::fchdir(tree.root()).step(what)?;
+    if root.no_pivot {
+        rustix::mount::mount_move(".", "/").step(what)?;
+        rustix::process::chroot(".").step(what)?;
+        return rustix::process::chdir("/").step(what);
+    }
+    // The old root comes to lie on the new one, and is taken away with all that is below it.
+    rustix::process::pivot_root(".", ".").step(what)?;
+    rustix::mount::mount_change(
+        ".",
+        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+    )
+    .step(what)?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH).step(what)?;
+    rustix::process::chdir("/").step(what)
+}
+
+/// Names the machine, and sets kernel settings of its namespaces.
+pub(crate) fn settle(plan: &crate::plan::Plan) -> Result<(), InitError> {
+    if plan.loopback {
+        sys::loopback_up().step(|| "bring the loopback interface up".to_owned())?;
+    }
+    if let Some(name) = &plan.hostname {
+        rustix::system::sethostname(name.as_bytes())
+            .step(|| format!("set the host name {name}"))?;
+    }
+    if let Some(name) = &plan.domainname {
+        rustix::system::setdomainname(name.as_bytes())
+            .step(|| format!("set the domain name {name}"))?;
+    }
+    for (name, value) in &plan.sysctl {
+        let path = format!("/proc/sys/{}", name.replace('.', "/"));
+        std::fs::write(&path, value).step(|| format!("write {value} to {path}"))?;
+    }
+    Ok(())
+}

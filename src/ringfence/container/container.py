@@ -1,0 +1,223 @@
+"""A container of the runtime specification: created, started, ended, removed."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from ringfence.container import hooks, lean_json
+from ringfence.container.cgroups import devices
+from ringfence.container.cgroups.group import Group
+from ringfence.container.identity import Maps
+from ringfence.container.launch import Launch
+from ringfence.container.state import State, process_start
+from ringfence.errors import HostError, RingfenceError, StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ringfence.container.fields import Fields
+    from ringfence.container.spec import Bundle
+
+__all__ = ["CreateOptions", "create", "destroy", "start"]
+
+
+class CreateOptions:
+    """How a container is created, beyond its bundle.
+
+    Args:
+        wait_for_start: Whether the program waits for :func:`start`.
+        console: A connected socket that gets the terminal, or -1.
+        keep: Descriptors that the program keeps.
+        no_pivot: Change the root without pivot_root, for hosts that run from an initramfs.
+        no_keyring: Stay in the caller's session keyring.
+        pid_file: Where the process's number is written.
+    """
+
+    __slots__ = ("console", "keep", "no_keyring", "no_pivot", "pid_file", "wait_for_start")
+
+    def __init__(self, *, wait_for_start: bool = True) -> None:
+        self.wait_for_start = wait_for_start
+        self.console = -1
+        self.keep: list[int] = []
+        self.no_pivot = self.no_keyring = False
+        self.pid_file = ""
+
+
+def now() -> str:
+    """The time as RFC 3339 has it."""
+    stamp = time.time_ns()
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp // 10**9))
+    return f"{seconds}.{stamp % 10**9:09}Z"
+
+
+def _group(bundle: Bundle, name: str) -> Group:
+    path = bundle.linux.text("cgroupsPath") or name
+    rootless = os.geteuid() != 0 or bundle.makes_users
+    return Group.plan(path, rootless=rootless)
+
+
+def create(bundle: Bundle, root: str, name: str, options: CreateOptions) -> tuple[State, Launch]:
+    """Sets a container up, to the point where its program runs or waits to be started.
+
+    Raises:
+        ConflictError: There is a container of that ID.
+        HostError: A step failed; nothing is left.
+    """
+    state = State.make(root, name)
+    launch: Launch | None = None
+    try:
+        state.bundle, state.rootfs, state.created = bundle.path, bundle.rootfs, now()
+        state.annotations = bundle.config.mapping("annotations")
+        state.save_config(f"{bundle.path}/config.json")
+        state.group = _group(bundle, name)
+        launch = _launch(bundle, state, options)
+        _follow(bundle, state, launch, options)
+    except BaseException:
+        if launch is not None:
+            launch.reap()
+            launch.close()
+        destroy(state)
+        raise
+    return state, launch
+
+
+def _prepare_group(bundle: Bundle, group: Group) -> None:
+    resources = bundle.linux.table("resources")
+    group.make()
+    group.limit(resources)
+    place = group.directory("devices")
+    if place is not None and not group.rootless:
+        devices.allow_first_version(place, devices.rules(resources))
+
+
+def _launch(bundle: Bundle, state: State, options: CreateOptions) -> Launch:
+    group = state.group or Group([])
+    _prepare_group(bundle, group)
+    plan = bundle.plan(group)
+    root = plan["root"]
+    inherit = list(options.keep)
+    fifo = -1
+    if isinstance(root, dict):
+        root["no_pivot"] = options.no_pivot
+        root["create_hooks"] = hooks.inside(bundle.config, "createContainer")
+        root["ask_hooks"] = bool(bundle.config.table("hooks").values)
+    plan["start_hooks"] = hooks.inside(bundle.config, "startContainer")
+    plan["keep_descriptors"] = options.keep
+    plan.update(group.entrance())
+    if not options.no_keyring:
+        plan["keyring"] = f"_ses.{state.name}"
+    if options.console >= 0:
+        size = bundle.process.table("consoleSize")
+        plan["console"] = {
+            "socket": options.console,
+            "rows": size.integer("height"),
+            "columns": size.integer("width"),
+            "mount": True,
+        }
+        inherit.append(options.console)
+    try:
+        if options.wait_for_start:
+            os.mkfifo(state.fifo)
+            # Any user that the program is may open it for writing.
+            os.chmod(state.fifo, 0o622)  # noqa: S103 - its directory is the runtime's
+            fifo = os.open(state.fifo, os.O_PATH | os.O_CLOEXEC)
+            inherit.append(fifo)
+            plan["start_fifo"] = fifo
+        return Launch(plan, inherit)
+    finally:
+        if fifo >= 0:
+            os.close(fifo)
+
+
+def _follow(bundle: Bundle, state: State, launch: Launch, options: CreateOptions) -> None:
+    def write_maps() -> str:
+        Maps.of(bundle.linux).write(launch.stage)
+        return ""
+
+    def register() -> str:
+        state.pid = launch.pid
+        state.start = process_start(launch.pid)[1]
+        state.save()
+        return ""
+
+    def run_hooks() -> str:
+        document = state.document("creating")
+        for kind in ("prestart", "createRuntime"):
+            hooks.run(bundle.config, kind, document)
+        return lean_json.dumps(document)
+
+    answers = {"map": write_maps, "register": register, "hooks": run_hooks}
+    launch.follow(answers, until_ready=options.wait_for_start)
+    if options.pid_file:
+        write_pid_file(options.pid_file, state.pid)
+
+
+def write_pid_file(path: str, pid: int) -> None:
+    """Writes a process's number, whole or not at all: others wait for the file."""
+    folder, name = os.path.split(path)
+    new = f"{folder or '.'}/.{name}"
+    with open(new, "w", encoding="ascii") as file:
+        file.write(str(pid))
+    os.replace(new, path)
+
+
+def start(state: State) -> None:
+    """Lets a created container's program run.
+
+    Raises:
+        StateError: It isn't waiting.
+        HostError: It ended before it could be started.
+    """
+    status = state.status
+    if status == "stopped":
+        message = "cannot start a container that has stopped"
+        raise StateError(message)
+    if status != "created":
+        message = f"cannot start an already {status} container"
+        raise StateError(message)
+    _open_gate(state)
+    os.unlink(state.fifo)
+    config = state.config()
+    if config.table("hooks").values:
+        hooks.run(config, "poststart", state.document("running"))
+
+
+def _open_gate(state: State) -> None:
+    import select
+
+    gate = os.open(state.fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        poll = select.poll()
+        poll.register(gate, select.POLLIN)
+        while True:
+            if any(event & select.POLLIN for _number, event in poll.poll(100)):
+                os.read(gate, 1)
+                return
+            if not state.alive:
+                message = "the container's process ended before it was started"
+                raise HostError(message)
+    finally:
+        os.close(gate)
+
+
+def destroy(state: State) -> None:
+    """Ends what is left of a container and removes all that was made for it."""
+    group = state.group
+    if group is not None:
+        if group.processes():
+            group.kill()
+        group.remove()
+    config = None
+    if os.path.exists(f"{state.directory}/config.json") and state.pid:
+        config = state.config()
+    state.remove()
+    if config is not None and config.table("hooks").values:
+        _last_hooks(config, state)
+
+
+def _last_hooks(config: Fields, state: State) -> None:
+    try:
+        hooks.run(config, "poststop", state.document("stopped"))
+    except RingfenceError as error:
+        # The specification: a failing poststop hook is logged, and the rest goes on.
+        os.write(2, f"{error}\n".encode())

@@ -1,0 +1,140 @@
+"""Starting ``ringfence-init`` with a plan, and answering what it asks."""
+
+from __future__ import annotations
+
+import os
+
+from ringfence.container import init_program, lean_json
+from ringfence.container.fields import Fields
+from ringfence.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    Plan = dict[str, object]
+
+__all__ = ["Launch"]
+
+
+class Launch:
+    """One start of the setup program.
+
+    Args:
+        plan: What it is to do.
+        inherit: Descriptors that the plan names by number.
+        streams: Descriptors for standard input, output and error; None: the caller's own.
+    """
+
+    __slots__ = ("_answers", "_buffer", "_status", "pid", "stage")
+
+    def __init__(
+        self, plan: Plan, inherit: Iterable[int] = (), streams: Sequence[int] | None = None
+    ) -> None:
+        self.pid = 0
+        self._buffer = b""
+        status, status_end = os.pipe2(os.O_CLOEXEC)
+        answers_end, answers = os.pipe2(os.O_CLOEXEC)
+        plan_end, plan_in = os.pipe2(os.O_CLOEXEC)
+        self._status, self._answers = status, answers
+        program = init_program.sealed_copy(init_program.find())
+        ours = [status_end, answers_end, plan_end]
+        try:
+            numbers = [*ours, *inherit]
+            actions: list[tuple[int, int, int]] = [
+                (os.POSIX_SPAWN_DUP2, number, place) for place, number in enumerate(streams or ())
+            ]
+            # A descriptor onto itself: it stays open in this child, and in no other.
+            actions += [(os.POSIX_SPAWN_DUP2, number, number) for number in numbers]
+            arguments = [init_program.NAME, str(plan_end), str(status_end), str(answers_end)]
+            self.stage = os.posix_spawn(
+                f"/proc/self/fd/{program}",
+                arguments,
+                {},
+                file_actions=actions,
+                setsigmask=(),
+            )
+        except OSError as error:
+            os.close(status)
+            os.close(answers)
+            os.close(plan_in)
+            message = f"cannot start {init_program.NAME}: {error.strerror}"
+            raise HostError(message, errno=error.errno) from error
+        finally:
+            for number in (*ours, program):
+                os.close(number)
+        self._give(plan_in, lean_json.dumps(plan).encode())
+
+    @staticmethod
+    def _give(descriptor: int, text: bytes) -> None:
+        try:
+            with open(descriptor, "wb", buffering=0) as pipe:
+                left = memoryview(text)
+                while left:
+                    left = left[pipe.write(left) :]
+        except BrokenPipeError:
+            return  # it ended; its last message says why
+
+    def follow(self, answers: Mapping[str, Callable[[], str]], *, until_ready: bool) -> None:
+        """Answers questions until the program runs, or waits to be started.
+
+        Args:
+            answers: What to do for each question; what it returns is the answer.
+            until_ready: Return where the program waits to be started.
+
+        Raises:
+            HostError: The setup failed; the message names the step.
+        """
+        for line in self._lines():
+            message = Fields(lean_json.loads(line, "the setup's message"))
+            if "pid" in message:
+                self.pid = message.integer("pid")
+                os.waitpid(self.stage, 0)
+            elif "ask" in message:
+                question = message.text("ask")
+                answer = answers[question]() if question in answers else ""
+                self._answer(answer)
+            elif "error" in message:
+                self._failed(message.table("error"))
+            elif "ready" in message and until_ready:
+                return
+
+    def _lines(self) -> Iterable[bytes]:
+        while True:
+            line, found, rest = self._buffer.partition(b"\n")
+            if found:
+                self._buffer = rest
+                yield line
+                continue
+            chunk = os.read(self._status, 65536)
+            if not chunk:
+                return
+            self._buffer += chunk
+
+    def _answer(self, text: str) -> None:
+        try:
+            os.write(self._answers, text.replace("\n", " ").encode() + b"\n")
+        except BrokenPipeError:
+            return
+
+    def _failed(self, error: Fields) -> None:
+        self.reap()
+        raise HostError(error.text("message"), errno=error.optional_integer("errno"))
+
+    def reap(self) -> None:
+        """Collects the processes of a start that failed."""
+        for pid in (self.pid, self.stage):
+            try:
+                if pid:
+                    os.kill(pid, 9)
+                    os.waitpid(pid, 0)
+            except (ChildProcessError, ProcessLookupError):
+                continue
+
+    def close(self) -> None:
+        """Lets go of the pipes. The program goes on."""
+        for name in ("_status", "_answers"):
+            number: int = getattr(self, name)
+            if number >= 0:
+                os.close(number)
+                setattr(self, name, -1)

@@ -1,0 +1,1 @@
+"""``ringfence-oci``: a runtime for containerd, Docker and Podman, called as runc is called."""

@@ -1,0 +1,184 @@
+"""exec: a further process in a container."""
+
+from __future__ import annotations
+
+import os
+
+from ringfence.container import container, flags, lean_json
+from ringfence.container.cgroups.group import Group
+from ringfence.container.fields import Fields
+from ringfence.container.identity import Maps
+from ringfence.container.launch import Launch
+from ringfence.container.oci.lifecycle import preserved
+from ringfence.container.oci.options import Arguments, parse
+from ringfence.container.spec import compile_process
+from ringfence.container.state import State
+from ringfence.errors import ConfigError, StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ringfence.container.launch import Plan
+
+__all__ = ["exec_command"]
+
+_VALUED = (
+    "console-socket pidfd-socket cwd env/e user/u additional-gids/g process/p pid-file "
+    "process-label apparmor cap/c preserve-fds cgroup"
+)
+_SWITCHES = "tty/t detach/d no-new-privs ignore-paused"
+
+
+def _process(arguments: Arguments, config: Fields) -> Fields:
+    """The process to run: a file's, or the container's own with what the options change."""
+    path = arguments.text("process")
+    if path:
+        with open(path, "rb") as file:
+            return Fields(lean_json.loads(file.read(), path), "process")
+    values = dict(config.table("process").values)
+    words = arguments.rest[1:]
+    if not words:
+        message = "a command to run in the container is wanted"
+        raise ConfigError(message)
+    values["args"], values["terminal"] = words, "tty" in arguments
+    environment = values.get("env")
+    values["env"] = [
+        *(environment if isinstance(environment, list) else []),
+        *arguments.texts("env"),
+    ]
+    if arguments.text("cwd"):
+        values["cwd"] = arguments.text("cwd")
+    user = dict(config.table("process").table("user").values)
+    if arguments.text("user"):
+        uid, _, gid = arguments.text("user").partition(":")
+        user.update(uid=_number(uid), gid=_number(gid or "0"))
+    if arguments.texts("additional-gids"):
+        user["additionalGids"] = [_number(text) for text in arguments.texts("additional-gids")]
+    values["user"] = user
+    values.update(_privileges(arguments, config.table("process").table("capabilities")))
+    return Fields(values, "process")
+
+
+def _privileges(arguments: Arguments, capabilities: Fields) -> dict[str, object]:
+    changed: dict[str, object] = {}
+    added = arguments.texts("cap")
+    if added:
+        sets = {}
+        for name in ("bounding", "effective", "permitted", "inheritable", "ambient"):
+            more = added if name != "inheritable" or name in capabilities else []
+            sets[name] = [*capabilities.texts(name), *more]
+        changed["capabilities"] = sets
+    if "no-new-privs" in arguments:
+        changed["noNewPrivileges"] = True
+    for option, field in (("apparmor", "apparmorProfile"), ("process-label", "selinuxLabel")):
+        if arguments.text(option):
+            changed[field] = arguments.text(option)
+    return changed
+
+
+def _number(text: str) -> int:
+    if not text.isdigit():
+        message = f"a user or group is a number here, not {text!r}"
+        raise ConfigError(message)
+    return int(text)
+
+
+def differing_namespaces(pid: int) -> int:
+    """``CLONE_NEW*`` flags of the namespaces in which a process isn't with this one."""
+    kinds = 0
+    for kind, file in flags.NAMESPACE_FILES.items():
+        try:
+            theirs = os.readlink(f"/proc/{pid}/ns/{file}")
+            if theirs != os.readlink(f"/proc/self/ns/{file}"):
+                kinds |= flags.NAMESPACES[kind]
+        except FileNotFoundError:
+            continue
+    return kinds
+
+
+def _plan(state: State, process: Fields, config: Fields, cgroup: str) -> Plan:
+    linux = config.table("linux")
+    kinds = differing_namespaces(state.pid)
+    user = bool(kinds & flags.NAMESPACES["user"])
+    maps = Maps.of(linux)
+    sets_groups = not user or not maps.groups or maps.sets_groups
+    group = state.group or Group([])
+    if cgroup:
+        below = [(n, f"{path}/{cgroup.strip('/')}", v) for n, path, v in group.directories]
+        group = Group(below, rootless=group.rootless)
+    return {
+        "join_process": {"pid": state.pid, "kinds": kinds},
+        "become_root": user and (maps.has_root or not maps.users),
+        "process": compile_process(process, linux, sets_groups=sets_groups),
+        **group.entrance(),
+    }
+
+
+def exec_command(root: str, words: list[str]) -> int:
+    """Runs a process in a running container."""
+    arguments = parse(words, _VALUED, _SWITCHES)
+    if not arguments.rest:
+        message = "a container ID is wanted"
+        raise ConfigError(message)
+    state = State.load(root, arguments.rest[0])
+    status = state.status
+    if status == "stopped":
+        message = "cannot exec in a stopped container"
+        raise StateError(message)
+    if status == "paused" and "ignore-paused" not in arguments:
+        message = "cannot exec in a paused container (use --ignore-paused to override)"
+        raise StateError(message)
+    config = state.config()
+    process = _process(arguments, config)
+    plan = _plan(state, process, config, arguments.text("cgroup"))
+    keep = preserved(arguments)
+    plan["keep_descriptors"] = keep
+    detach, wants_terminal = "detach" in arguments, process.flag("terminal")
+    socket = arguments.text("console-socket")
+    if wants_terminal and (detach or socket):
+        if not socket:
+            message = "a detached process with a terminal needs --console-socket"
+            raise ConfigError(message)
+        from ringfence.container import terminal
+
+        return _run(arguments, plan, process, [*keep], terminal.connect(socket))
+    if wants_terminal:
+        from ringfence.container import terminal
+
+        def start(console: int) -> tuple[State, Launch]:
+            return state, _launch(arguments, plan, process, keep, console)
+
+        return terminal.run_attached(start, lambda _state: None)
+    return _run(arguments, plan, process, keep, -1)
+
+
+def _launch(
+    arguments: Arguments, plan: Plan, process: Fields, inherit: list[int], console: int
+) -> Launch:
+    if console >= 0:
+        size = process.table("consoleSize")
+        plan["console"] = {
+            "socket": console,
+            "rows": size.integer("height"),
+            "columns": size.integer("width"),
+        }
+        inherit = [*inherit, console]
+    launch = Launch(plan, inherit)
+
+    def register() -> str:
+        if arguments.text("pid-file"):
+            container.write_pid_file(arguments.text("pid-file"), launch.pid)
+        return ""
+
+    launch.follow({"register": register}, until_ready=False)
+    return launch
+
+
+def _run(
+    arguments: Arguments, plan: Plan, process: Fields, inherit: list[int], console: int
+) -> int:
+    from ringfence.container import waiting
+
+    with waiting.Signals() as signals:
+        launch = _launch(arguments, plan, process, inherit, console)
+        launch.close()
+        return 0 if "detach" in arguments else signals.wait(launch.pid)

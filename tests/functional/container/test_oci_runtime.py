@@ -1,0 +1,246 @@
+"""The runtime's commands on bundles, as an engine uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.framework.bundles import Runtime, left_behind, make_bundle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces and cgroups"),
+]
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Runtime:
+    return Runtime(tmp_path / "states")
+
+
+@pytest.fixture
+def name(runtime: Runtime) -> Iterator[str]:
+    name = f"rf-test-{os.getpid()}-{time.monotonic_ns()}"
+    yield name
+    runtime("delete", "--force", name)
+    assert left_behind(name) == []
+    assert list(runtime.states.glob("*")) == []
+
+
+def until(condition: object, timeout_s: float = 5) -> None:
+    assert callable(condition)
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.01)
+
+
+def test_run_gives_output_and_exit_status(runtime: Runtime, name: str, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", "sh", "-c", "echo $0-$$; hostname; exit 7")
+
+    output = runtime("run", "--bundle", str(bundle), name, status=7)
+
+    assert output == "sh-1\nringfence\n"
+
+
+def test_a_created_container_waits_until_it_is_started(
+    runtime: Runtime, name: str, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "b", "sleep", "100")
+    pid_file = tmp_path / "pid"
+
+    runtime("create", "--bundle", str(bundle), "--pid-file", str(pid_file), name)
+    before = runtime.status(name), Path(f"/proc/{pid_file.read_text()}/comm").read_text()
+    runtime("start", name)
+    after = runtime.status(name)
+    until(lambda: Path(f"/proc/{pid_file.read_text()}/comm").read_text() == "sleep\n")
+    second = runtime("start", name, status=1)
+
+    assert before == ("created", "4\n") or before[0] == "created"
+    assert after == "running"
+    assert "cannot start an already running container" in second
+
+
+def test_exec_joins_the_container(runtime: Runtime, name: str, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", "sleep", "100")
+    runtime("run", "--detach", "--bundle", str(bundle), name)
+
+    output = runtime(
+        "exec", "--env", "X=1", "--cwd", "/tmp", name, "sh", "-c", "echo $X $PWD; exit 3", status=3
+    )
+    processes = runtime("exec", name, "ps")
+
+    assert output == "1 /tmp\n"
+    assert " 1 " in processes
+    assert "sleep 100" in processes
+
+
+def test_kill_pause_and_delete(runtime: Runtime, name: str, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", "sleep", "100")
+    runtime("run", "--detach", "--bundle", str(bundle), name)
+
+    runtime("pause", name)
+    paused = runtime.status(name)
+    refused = runtime("exec", name, "true", status=1)
+    runtime("resume", name)
+    resumed = runtime.status(name)
+    running = runtime("delete", name, status=1)
+    runtime("kill", name, "KILL")
+    until(lambda: runtime.status(name) == "stopped")
+    again = runtime("kill", name, status=1)
+    runtime("delete", name)
+
+    assert (paused, resumed) == ("paused", "running")
+    assert "paused container" in refused
+    assert "is not stopped" in running
+    assert "container not running" in again
+    assert "container does not exist" in runtime("state", name, status=1)
+
+
+def test_signals_in_the_foreground_reach_the_program(
+    runtime: Runtime, name: str, tmp_path: Path
+) -> None:
+    script = "trap 'echo got; exit 5' TERM; echo up; while :; do sleep 0.05; done"
+    bundle = make_bundle(tmp_path / "b", "sh", "-c", script)
+    process = subprocess.Popen(
+        runtime.command("run", "--bundle", str(bundle), name), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+
+    assert process.communicate(timeout=10)[0] == "got\n"
+    assert process.returncode == 5
+
+
+def test_limits_hold_and_can_be_changed(runtime: Runtime, name: str, tmp_path: Path) -> None:
+    resources = {"memory": {"limit": 32 << 20}, "pids": {"limit": 20}}
+    bundle = make_bundle(tmp_path / "b", "sleep", "100", linux={"resources": resources})
+    runtime("run", "--detach", "--bundle", str(bundle), name)
+
+    runtime("update", "--memory", "64m", "--pids-limit", "12", name)
+    data = json.loads(runtime("events", "--stats", name))["data"]
+    hog = runtime("exec", name, "sh", "-c", "for i in $(seq 40); do sleep 5 & done; wait", status=2)
+
+    assert data["memory"]["usage"]["limit"] == 64 << 20
+    assert data["pids"]["limit"] == 12
+    assert "fork" in hog
+
+
+def test_memory_beyond_the_limit_ends_the_program_and_is_told(
+    runtime: Runtime, name: str, tmp_path: Path
+) -> None:
+    bundle = make_bundle(
+        tmp_path / "b", "sleep", "100",
+        linux={"resources": {"memory": {"limit": 16 << 20, "swap": 16 << 20}}},
+    )  # fmt: skip
+    runtime("run", "--detach", "--bundle", str(bundle), name)
+    events = subprocess.Popen(
+        runtime.command("events", "--interval", "100ms", name), stdout=subprocess.PIPE, text=True
+    )
+    assert events.stdout is not None
+    events.stdout.readline()
+
+    runtime("exec", name, "dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1", status=137)
+    kinds = {json.loads(events.stdout.readline())["type"] for _line in range(8)}
+    events.kill()
+    events.communicate()
+
+    assert "oom" in kinds
+
+
+def test_hooks_run_at_their_points(runtime: Runtime, name: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    kinds = ["prestart", "createRuntime", "createContainer", "poststart", "poststop"]
+
+    def hook(kind: str) -> dict[str, object]:
+        script = f"read -r state; echo {kind} $state >> {log}"
+        return {"path": "/bin/sh", "args": ["sh", "-c", script]}
+
+    bundle = make_bundle(tmp_path / "b", "true", hooks={kind: [hook(kind)] for kind in kinds})
+
+    runtime("run", "--bundle", str(bundle), name)
+    lines = log.read_text().splitlines()
+
+    assert [line.split()[0] for line in lines] == kinds
+    assert all(json.loads(line.split(" ", 1)[1])["id"] == name for line in lines)
+
+
+def test_a_failing_hook_leaves_nothing(runtime: Runtime, name: str, tmp_path: Path) -> None:
+    hook = {"path": "/bin/false"}
+    bundle = make_bundle(tmp_path / "b", "true", hooks={"createRuntime": [hook]})
+
+    output = runtime("run", "--bundle", str(bundle), name, status=1)
+
+    assert "createRuntime hook /bin/false failed" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["/nowhere"], "stat /nowhere"),
+        (["nowhere"], "executable file not found in $PATH"),
+        (["/tmp"], "Permission denied"),
+    ],
+)
+def test_a_program_that_is_missing_is_told_at_create(
+    runtime: Runtime, name: str, tmp_path: Path, command: list[str], message: str
+) -> None:
+    bundle = make_bundle(tmp_path / "b", *command)
+
+    assert message in runtime("create", "--bundle", str(bundle), name, status=1)
+
+
+def test_errors_go_to_the_log_as_engines_read_them(
+    runtime: Runtime, name: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.json"
+
+    runtime("--log", str(log), "--log-format", "json", "state", name, status=1)
+    entry = json.loads(log.read_text())
+
+    assert entry["level"] == "error"
+    assert "container does not exist" in entry["msg"]
+
+
+def test_a_user_namespace_of_its_own(runtime: Runtime, name: str, tmp_path: Path) -> None:
+    bundle = make_bundle(
+        tmp_path / "b", "sh", "-c", "id -u; cat /proc/self/uid_map; ls -ln /dev/null"
+    )
+    config = json.loads((bundle / "config.json").read_text())
+    config["linux"]["namespaces"] += [{"type": "user"}, {"type": "cgroup"}, {"type": "time"}]
+    config["linux"]["timeOffsets"] = {"boottime": {"secs": 1000}}
+    mapping = [{"containerID": 0, "hostID": 100_000, "size": 65_536}]
+    config["linux"]["uidMappings"] = config["linux"]["gidMappings"] = mapping
+    (bundle / "config.json").write_text(json.dumps(config))
+    for folder in [tmp_path, *tmp_path.parents][:3]:
+        folder.chmod(0o755)
+
+    output = runtime("run", "--bundle", str(bundle), name)
+
+    assert output.splitlines()[0] == "0"
+    assert output.splitlines()[1].split() == ["0", "100000", "65536"]
+
+
+def test_a_hundred_containers_leave_nothing(runtime: Runtime, name: str, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", "true")
+    mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+
+    for number in range(100):
+        runtime("run", "--bundle", str(bundle), f"{name}-{number}")
+
+    assert left_behind(name) == []
+    assert len(Path("/proc/self/mountinfo").read_text().splitlines()) == mounts
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors

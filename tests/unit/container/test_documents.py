@@ -1,0 +1,171 @@
+"""Parsing at the edge: JSON, fields, options, mounts, limits, device rules."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+
+from ringfence.container import lean_json
+from ringfence.container.cgroups import devices, limits
+from ringfence.container.fields import Fields
+from ringfence.container.mounts import compile_mount, split_options
+from ringfence.container.oci.options import parse
+from ringfence.container.spec import namespace_paths
+from ringfence.container.state import check_id
+from ringfence.errors import ConfigError, FormatError
+
+SAMPLES: list[object] = [
+    None, True, -3, 1.5, "", "ä\n\"\\", [], {}, [1, [2, {"a": None}]],
+    {"a": {"b": [1, 2, {"c": "d"}]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", SAMPLES)
+def test_json_goes_out_and_comes_back(value: object) -> None:
+    text = lean_json.dumps(value)
+
+    assert json.loads(text) == value
+    assert lean_json.loads(f" \n{text}\t") == value
+    assert lean_json.loads(json.dumps(value, indent=3).encode()) == value
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a":}', "[1,]", "1 2", '"\x01"', "nul", "[" * 100_000])
+def test_what_is_no_json_is_refused(text: str) -> None:
+    with pytest.raises(FormatError, match="isn't JSON"):
+        lean_json.loads(text)
+
+
+def test_a_field_of_the_wrong_type_is_named_by_its_path() -> None:
+    document = Fields({"linux": {"seccomp": {"syscalls": [{}, {"names": [1]}]}}})
+    entries = list(document.table("linux").table("seccomp").tables("syscalls"))
+
+    with pytest.raises(ConfigError, match=r"linux\.seccomp\.syscalls\[1\]\.names"):
+        entries[1].texts("names")
+
+
+def test_options_are_read_in_every_form_that_engines_use() -> None:
+    words = ["--bundle", "/b", "--pid-file=/p", "-detach", "--env", "A=1", "--env=B=2", "id", "--x"]
+
+    arguments = parse(words, "bundle/b pid-file env/e", "detach/d")
+
+    assert arguments.text("bundle") == "/b"
+    assert arguments.text("pid-file") == "/p"
+    assert "detach" in arguments
+    assert arguments.texts("env") == ["A=1", "B=2"]
+    assert arguments.rest == ["id", "--x"]
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a b", "ä", "x" * 1025])
+def test_an_id_that_is_no_file_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="container ID"):
+        check_id(name)
+
+
+def test_a_later_mount_option_undoes_an_earlier_one() -> None:
+    options = split_options(["ro", "nosuid", "noatime", "rw", "size=1m", "rslave", "rbind", "rro"])
+
+    assert options.flags & 3 == 2
+    assert options.attributes[0] & 1 == 0
+    assert options.attributes[1] & 1 == 1
+    assert options.attributes_below == (1, 0)
+    assert options.data == ["size=1m"]
+    assert options.recursive
+    assert len(options.propagation) == 1
+
+
+def test_a_relative_source_is_below_the_bundle() -> None:
+    mount = Fields({"destination": "/d", "source": "data", "options": ["bind"]})
+
+    assert compile_mount(mount, "/bundle")["source"] == "/bundle/data"
+
+
+def test_namespaces_are_known_and_there_once() -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        namespace_paths(Fields({"namespaces": [{"type": "mount"}, {"type": "mount"}]}))
+    with pytest.raises(ConfigError, match="mount namespace"):
+        namespace_paths(Fields({"namespaces": [{"type": "pid"}]}))
+    with pytest.raises(ConfigError, match="absolute"):
+        namespace_paths(Fields({"namespaces": [{"type": "mount", "path": "proc/1"}]}))
+
+
+def test_one_document_of_limits_has_both_versions() -> None:
+    resources = Fields(
+        {
+            "memory": {"limit": 1 << 20, "swap": 3 << 20},
+            "cpu": {"shares": 1024, "quota": 5000, "period": 10_000, "cpus": "0-1"},
+            "pids": {"limit": 7},
+            "blockIO": {"weight": 1000},
+        }
+    )
+
+    first = {file: value for _name, file, value in limits.first_version(resources)}
+    second = {file: value for _name, file, value in limits.second_version(resources)}
+
+    assert first["memory.memsw.limit_in_bytes"] == str(3 << 20)
+    assert second["memory.swap.max"] == str(2 << 20)
+    assert second["cpu.weight"] == "39"
+    assert second["cpu.max"] == "5000 10000"
+    assert first["cpu.cfs_quota_us"] == "5000"
+    assert first["pids.max"] == second["pids.max"] == "7"
+    assert second["io.weight"] == "default 10000"
+
+
+def test_swap_below_memory_is_refused() -> None:
+    with pytest.raises(ConfigError, match="less than"):
+        limits.second_version(Fields({"memory": {"limit": 10, "swap": 5}}))
+
+
+def run_device_program(program: bytes, kind: int, access: int, major: int, minor: int) -> int:
+    """The kernel's interpreter for the few instructions that such programs have."""
+    registers = [0] * 11
+    memory = {0: kind | access << 16, 4: major, 8: minor}
+    at = 0
+    while True:
+        code, packed, offset, constant = struct.unpack_from("<BBhi", program, at * 8)
+        target, source = packed & 15, packed >> 4
+        at += 1
+        if code == 0x95:
+            return registers[0]
+        if code == 0x61:
+            registers[target] = memory[offset]
+        elif code == 0xBC:
+            registers[target] = registers[source]
+        elif code == 0x54:
+            registers[target] &= constant
+        elif code == 0x74:
+            registers[target] >>= constant
+        elif code == 0xB7:
+            registers[target] = constant
+        else:
+            right = registers[source] if code & 8 else constant
+            equal = registers[target] == right
+            at += offset if (equal if code & 0xF0 == 0x10 else not equal) else 0
+
+
+def test_the_device_program_answers_as_the_last_rule_that_fits() -> None:
+    resources = Fields(
+        {
+            "devices": [
+                {"allow": False, "access": "rwm"},
+                {"allow": True, "type": "c", "major": 10, "minor": 200, "access": "rw"},
+                {"allow": True, "type": "b", "major": 8, "access": "r"},
+                {"allow": False, "type": "b", "major": 8, "minor": 1, "access": "r"},
+            ]
+        }
+    )
+    program = devices.program(devices.rules(resources))
+    block, char, make, read, write = 1, 2, 1, 2, 4
+
+    def allowed(*arguments: int) -> bool:
+        return run_device_program(program, *arguments) == 1
+
+    assert allowed(char, read | write, 10, 200)
+    assert not allowed(char, read | write, 10, 201)
+    assert allowed(block, read, 8, 0)
+    assert not allowed(block, read | write, 8, 0)
+    assert not allowed(block, read, 8, 1)
+    assert allowed(block, make, 8, 1)
+    assert allowed(char, read | write, 1, 3)
+    assert not allowed(char, read, 1, 1)
