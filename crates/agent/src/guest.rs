@@ -11,6 +11,7 @@ use crate::frame::Kind;
 use crate::link::Link;
 use crate::link::LinkError;
 use crate::message::Request;
+use crate::place::pause;
 use crate::power;
 use crate::reaper::Reaper;
 use crate::stats;
@@ -70,7 +71,7 @@ impl Guest {
             match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
                 Ok(fd) => self.start(fd),
                 // Out of descriptors or memory: others end, then it goes on.
-                Err(_) => thread::yield_now(),
+                Err(_) => pause(),
             }
         }
     }
@@ -142,6 +143,7 @@ impl Guest {
             Request::TarOut { path } => return archive::tar_out(link, &path),
             Request::TarIn { path, owner } => return archive::tar_in(link, &path, owner),
             Request::PowerOff { reboot, grace_ms } => {
+                power::check(self)?;
                 link.send_json(Kind::Answer, &json!({}))?;
                 return Ok(power::off(self, reboot, grace_ms)?);
             }

@@ -14,16 +14,26 @@ use std::time::Duration;
 /// What killed processes get to be gone.
 const KILLED: Duration = Duration::from_secs(2);
 
+/// Whether the agent may turn the guest off.
+///
+/// # Errors
+///
+/// It isn't the guest's first process.
+pub(crate) fn check(guest: &Guest) -> Result<(), AgentError> {
+    if guest.is_init {
+        return Ok(());
+    }
+    let message = "the agent is not the guest's first process, so it can't turn it off";
+    Err(AgentError::state(message))
+}
+
 /// Ends all commands, writes everything back and turns the guest off. Returns only on failure.
 ///
 /// # Errors
 ///
 /// The agent isn't the guest's first process, or its kernel refuses.
 pub(crate) fn off(guest: &Guest, reboot: bool, grace_ms: u64) -> Result<(), AgentError> {
-    if !guest.is_init {
-        let message = "the agent is not the guest's first process, so it can't turn it off";
-        return Err(AgentError::state(message));
-    }
+    check(guest)?;
     // To the kernel, process 1 is all processes but the caller (kill(2)).
     let _none = kill_process_group(Pid::INIT, Signal::TERM);
     if !guest.reaper.wait_none(Duration::from_millis(grace_ms)) {

@@ -236,9 +236,9 @@ def _can_be_guest(modules: Path) -> bool:
 
 
 def _age(kernel: Kernel) -> list[tuple[int, str]]:
-    """Sorts 6.1.0-9 before 6.1.0-10."""
+    """Sorts 6.1.0-9 before 6.1.0-10, and release candidates before what they became."""
     parts = re.split(r"(\d+)", kernel.version)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+    return [(int(part), "") if part.isdigit() else (-1 - ("rc" in part), part) for part in parts]
 
 
 def _keep(image: Path, modules: Path | None, version: str, source: str) -> Kernel:
