@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -64,9 +65,11 @@ def test_a_host_that_breaks_the_protocol_loses_its_connection_alone(
 ) -> None:
     with hosted.connect() as sock:
         sock.settimeout(10)
-        sock.sendall(stream)
-        while sock.recv(1 << 16):
-            pass
+        # An end with input that wasn't taken is a reset.
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(stream)
+            while sock.recv(1 << 16):
+                pass
     hosted.agent.ping()
 
 
