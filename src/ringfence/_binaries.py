@@ -1,4 +1,4 @@
-"""Where the two programs of the trust boundary are."""
+"""Where the programs of the trust boundary are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ringfence.errors import NotFoundError
 
 __all__ = ["Program", "find"]
 
-Program = Literal["ringfence-vm", "ringfence-agent"]
+Program = Literal["ringfence-vm", "ringfence-agent", "ringfence-gateway"]
 
 _PACKAGE = Path(__file__).resolve().parent
 # The agent runs in the guest, so it is linked statically.

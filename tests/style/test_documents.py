@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -22,7 +20,7 @@ ROOT_DOCUMENTS = (
     "CHANGELOG.md",
 )
 # Crates whose unsafe code is yet to be accounted for. This list only shrinks.
-PENDING = {"crates/agent", "crates/engine-bt"}
+PENDING = {"crates/engine-bt"}
 
 
 def records() -> list[Path]:
@@ -68,11 +66,6 @@ def test_links_lead_somewhere() -> None:
 def test_the_root_has_its_documents() -> None:
     present = {str(path) for path in files()}
     assert [name for name in ROOT_DOCUMENTS if name not in present] == []
-
-
-def test_the_list_of_documents_is_current() -> None:
-    command = [sys.executable, "tools/docs_index.py", "--check"]
-    assert subprocess.run(command, cwd=REPOSITORY, check=False).returncode == 0, "make format"
 
 
 def test_everything_is_under_the_licence() -> None:

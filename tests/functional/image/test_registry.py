@@ -32,7 +32,7 @@ def basic() -> str:
 
 def test_there_and_back(store: Store, tmp_path: Path, open_registry: str) -> None:
     name = f"{open_registry}/team/app:1"
-    big = files({"big": random.Random(1).randbytes(3_000_000)})  # noqa: S311 - not a secret
+    big = files({"big": random.Random(1).randbytes(3_000_000)})
     store_image(store, name, [files({"a": b"1"}), big], env=("A=1",))
     digest = store.push(name, plain_http=True)
 
