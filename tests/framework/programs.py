@@ -8,6 +8,8 @@ import struct
 import subprocess
 from pathlib import Path
 
+from tools.build_binaries import build_static
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -40,6 +42,12 @@ def vm_program() -> Path:
 def vm_testing_program() -> Path:
     """``ringfence-vm`` with an engine whose processors only wait, and with the misdeeds."""
     return built_program("ringfence-vm", "ringfence-vm-testing", features=("testing",))
+
+
+@functools.cache
+def agent_program() -> Path:
+    """``ringfence-agent`` as guests run it."""
+    return build_static("ringfence-agent")
 
 
 def write_minimal_kernel(path: Path) -> Path:

@@ -47,15 +47,18 @@ pub(crate) fn enter(root: &Root, modules: &mut Modules) -> Result<(), AgentError
     match (root.writable, layers.as_slice()) {
         (_, []) => return Err(AgentError::config("the root file system has no layers")),
         (Writable::Direct, [layer]) => bind(layer, target, false)?,
-        (Writable::No, [layer]) => bind(layer, target, true)?,
         (Writable::Direct, _) => {
             let message = "writes can't go directly to a root of several layers";
             return Err(AgentError::config(message));
         }
-        (Writable::No, _) => overlay(&layers, None, modules)?,
+        (Writable::No, _) => {
+            layers.insert(0, skeleton()?);
+            modules.load("overlay")?;
+            join(&short_names(&layers)?, NEW_ROOT)?;
+        }
         (Writable::Overlay, _) => {
-            let upper = upper(root.upper_mib)?;
-            overlay(&layers, Some(&upper), modules)?;
+            modules.load("overlay")?;
+            overlay(&short_names(&layers)?, &upper(root.upper_mib)?)?;
         }
     }
     switch(target)?;
@@ -73,38 +76,38 @@ fn upper(size_mib: Option<u64>) -> Result<PathBuf, AgentError> {
     Ok(place.to_owned())
 }
 
-fn overlay(
-    layers: &[PathBuf],
-    upper: Option<&Path>,
-    modules: &mut Modules,
-) -> Result<(), AgentError> {
-    modules.load("overlay")?;
-    // Overlayfs wants the highest first. The option string has one page, so names are short.
-    let mut lower = Vec::new();
-    for (at, layer) in layers.iter().enumerate().rev() {
+/// A lowest layer with the places that every root has: one that is read only can't be given them.
+fn skeleton() -> Result<PathBuf, AgentError> {
+    let place = Path::new("/skeleton");
+    for name in ["proc", "sys", "dev", "run", "tmp", "etc"] {
+        make_directory(&place.join(name))?;
+    }
+    Ok(place.to_owned())
+}
+
+/// Overlayfs wants the highest first. Its option string has one page, so names are short.
+fn short_names(layers: &[PathBuf]) -> Result<Vec<String>, AgentError> {
+    let names = layers.iter().enumerate().rev().map(|(at, layer)| {
         let short = format!("/l{at}");
         symlink(layer, &short).tried(|| format!("cannot name layer {at}"))?;
-        lower.push(short);
-    }
-    if let (None, [_]) = (upper, lower.as_slice()) {
-        // A root of one layer isn't joined.
-        return bind(Path::new(&lower.concat()), Path::new(NEW_ROOT), true);
-    }
-    if upper.is_none() {
-        return join(&lower, NEW_ROOT);
-    }
+        Ok(short)
+    });
+    names.collect()
+}
+
+fn overlay(lower: &[String], upper: &Path) -> Result<(), AgentError> {
     // Layers say which of their directories hide those below by attributes in the name space of
     // users, and an upper layer in memory can only say it in that of the system. One overlay
     // reads one of them, so layers are joined first.
-    if lower.len() > 1 {
-        join(&lower, JOINED)?;
-        lower = vec![JOINED.to_owned()];
-    }
-    let mut options = format!("lowerdir={}", lower.concat());
-    if let Some(place) = upper {
-        let place = place.display();
-        options = format!("{options},upperdir={place}/data,workdir={place}/work");
-    }
+    let lower = match lower {
+        [only] => only,
+        several => {
+            join(several, JOINED)?;
+            JOINED
+        }
+    };
+    let upper = upper.display();
+    let options = format!("lowerdir={lower},upperdir={upper}/data,workdir={upper}/work");
     let flags = MountFlags::empty();
     mount("root", Path::new(NEW_ROOT), "overlay", flags, &options)
 }

@@ -13,7 +13,7 @@ import stat
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ringfence.errors import ConflictError, FormatError, HostError, NotFoundError
 
@@ -223,28 +223,41 @@ def _extract(pieces: Iterator[bytes], folder: Path) -> None:
 
 def _plain_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Members that stay in the directory that they are unpacked in, owned by us."""
+    links: set[str] = set()
     for member in archive:
         place = _within(member.name, member.name)
+        folders = place.split("/")
+        if any("/".join(folders[:depth]) in links for depth in range(1, len(folders))):
+            _refuse(member.name, "lies behind a link")
         if member.issym():
-            _within(member.name, f"{posixpath.dirname(place)}/{member.linkname}", member.linkname)
+            _check_link(member, place)
+            links.add(place)
         elif member.islnk():
             _within(member.name, member.linkname)
         elif not (member.isreg() or member.isdir()):
-            message = f"{member.name} is a special file"
-            raise tarfile.TarError(message)
+            _refuse(member.name, "is a special file")
         member.mode = (member.mode & 0o755) | 0o600
         member.uid, member.gid, member.uname, member.gname = os.geteuid(), os.getegid(), "", ""
         yield member
 
 
-def _within(name: str, path: str, written: str = "") -> str:
-    """The path without its detours, if it leads nowhere else.
+def _check_link(member: tarfile.TarInfo, place: str) -> None:
+    """A link goes up only at its beginning, where the directories are known not to be links."""
+    steps = [step for step in member.linkname.split("/") if step not in {"", "."}]
+    up = next((at for at, step in enumerate(steps) if step != ".."), len(steps))
+    if member.linkname.startswith("/") or ".." in steps[up:]:
+        _refuse(member.name, "leads out of the copy")
+    _within(member.name, posixpath.join(posixpath.dirname(place), member.linkname))
 
-    Raises:
-        TarError: It does.
-    """
+
+def _within(name: str, path: str) -> str:
+    """The path without its detours, if it leads nowhere else."""
     plain = posixpath.normpath(path)
-    if path.startswith("/") or written.startswith("/") or plain.split("/")[0] == "..":
-        message = f"{name} leads out of the copy"
-        raise tarfile.TarError(message)
+    if path.startswith("/") or plain.split("/")[0] == "..":
+        _refuse(name, "leads out of the copy")
     return plain
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    message = f"{name} {why}"
+    raise tarfile.TarError(message)

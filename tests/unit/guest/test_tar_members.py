@@ -54,6 +54,34 @@ def test_what_leads_out_is_refused(tmp_path: Path, bad: tarfile.TarInfo) -> None
     assert list(tmp_path.rglob("*")) == [folder]
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [
+        [
+            member("a", tarfile.DIRTYPE),
+            member("a/here", tarfile.SYMTYPE, "."),
+            member("a/up", tarfile.SYMTYPE, "here/here/../.."),
+            member("a/up/x"),
+        ],
+        [
+            member("a", tarfile.DIRTYPE),
+            member("a/here", tarfile.SYMTYPE, "."),
+            member("a/here/here/up", tarfile.SYMTYPE, "../../.."),
+            member("a/up/x"),
+        ],
+    ],
+    ids=["up through a link", "a link behind links"],
+)
+def test_links_that_lead_out_together_are_refused(
+    tmp_path: Path, tree: list[tarfile.TarInfo]
+) -> None:
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    with pytest.raises(FormatError):
+        tarstream.unpack(iter([stream(*tree)]), "a", folder / "b")
+    assert list(tmp_path.rglob("*")) == [folder]
+
+
 def test_what_stays_is_ours_and_sets_no_ids(tmp_path: Path) -> None:
     tree = [member("a", tarfile.DIRTYPE), member("a/f"), member("a/l", tarfile.SYMTYPE, "f")]
     tarstream.unpack(iter([stream(*tree)]), "a", tmp_path / "b")
