@@ -1,7 +1,6 @@
 """Builds the binaries of the trust boundary and puts them where the package looks for them.
 
-        put(built("ringfence-gateway", "--release"))
-``ringfence-vm`` is an ordinary program of this host; ``ringfence-agent`` runs as PID 1 of guests that have
+``ringfence-vm`` and ``ringfence-gateway`` are ordinary programs of this host; ``ringfence-agent`` runs as PID 1 of guests that have
 nothing else and ``ringfence-init`` in containers that may have nothing, so these are static: by the musl
 target where rustup has it, by a static glibc otherwise.
 """

@@ -1,0 +1,158 @@
+"""Addresses: made from names so that they stay the same, and kept apart from the host's own."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ringfence.errors import ConfigError, ConflictError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = [
+    "choose_v4",
+    "choose_v6",
+    "derive_mac",
+    "free_address",
+    "host_nameservers",
+    "host_networks",
+    "parse_subnet",
+]
+
+V4 = ipaddress.IPv4Network
+V6 = ipaddress.IPv6Network
+Network = V4 | V6
+
+_ROUTES = Path("/proc/net/route")
+_RESOLV = Path("/etc/resolv.conf")
+_POOL = ipaddress.IPv4Network("10.128.0.0/9")
+
+
+def derive_mac(*parts: str) -> str:
+    """An Ethernet address of one's own making (IEEE 802c: locally administered), from words."""
+    digest = hashlib.sha256("\0".join(parts).encode()).digest()
+    return ":".join(f"{byte:02x}" for byte in (0x52, *digest[:5]))
+
+
+def host_networks() -> list[V4]:
+    """The IPv4 networks that the host has routes to, but for the default."""
+    found = []
+    try:
+        lines = _ROUTES.read_text().splitlines()[1:]
+    except OSError:
+        return []
+    for line in lines:
+        fields = line.split()
+        base, mask = (int.from_bytes(bytes.fromhex(fields[i]), "little") for i in (1, 7))
+        if mask:
+            bits = mask.bit_count()
+            found.append(ipaddress.IPv4Network((base, bits), strict=False))
+    return found
+
+
+def choose_v4(name: str, taken: Iterable[Network]) -> V4:
+    """A /24 that overlaps neither ``taken`` nor the host's routes, the same for a name if it can.
+
+    Raises:
+        ConflictError: There is none left.
+    """
+    used = [*host_networks(), *(net for net in taken if isinstance(net, V4))]
+    start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    count = 1 << (24 - _POOL.prefixlen)
+    base = int(_POOL.network_address)
+    for step in range(count):
+        candidate = V4((base + ((start + step) % count << 8), 24))
+        if not any(candidate.overlaps(other) for other in used):
+            return candidate
+    message = f"no free IPv4 subnet is left in {_POOL}"
+    raise ConflictError(message, hint="say one: --subnet CIDR")
+
+
+def choose_v6(name: str) -> V6:
+    """A unique local /64 (RFC 4193 §3.2), the same for a name."""
+    digest = hashlib.sha256(b"v6\0" + name.encode()).digest()
+    return V6((int.from_bytes(b"\xfd" + digest[:7], "big") << 64, 64))
+
+
+def parse_subnet(text: str, taken: Iterable[tuple[str, Network]] = ()) -> Network:
+    """A subnet as it is written, checked against the host's routes and other networks.
+
+    Args:
+        text: ``10.5.0.0/24`` or ``fd00:1::/64``.
+        taken: Other networks with their names.
+
+    Raises:
+        ConfigError: It isn't one, or too small or large.
+        ConflictError: It overlaps another.
+    """
+    try:
+        found = ipaddress.ip_network(text)
+    except ValueError as error:
+        message = f"{text!r} is not a subnet: {error}"
+        raise ConfigError(message, hint="such as 10.5.0.0/24 or fd00:5::/64") from error
+    low, high = (8, 29) if found.version == 4 else (32, 120)
+    if not low <= found.prefixlen <= high:
+        message = f"a network's prefix has {low} to {high} bits, not {found.prefixlen}"
+        raise ConfigError(message)
+    for name, other in taken:
+        if found.version == other.version and found.overlaps(other):
+            message = f"the subnet {found} overlaps {other} of the network {name}"
+            raise ConflictError(message, hint="choose another, or leave it out to have one chosen")
+    for route in host_networks():
+        if found.version == 4 and found.overlaps(route):
+            message = f"the subnet {found} overlaps {route}, which this host has a route to"
+            raise ConflictError(message, hint="choose another, or leave it out to have one chosen")
+    return found
+
+
+def free_address(net: Network, used: Iterable[str], wanted: Iterable[str] = ()) -> str:
+    """An address of ``net`` that nobody has: one that is wanted, else the first free.
+
+    Raises:
+        ConfigError: A wanted one isn't of the network, or is its own.
+        ConflictError: It is taken, or none is free.
+    """
+    taken = set(used)
+    for text in wanted:
+        address = ipaddress.ip_address(text)
+        if address.version != net.version:
+            continue
+        if address not in net or address == net.network_address:
+            message = f"{text} is not an address of the network {net}"
+            raise ConfigError(message)
+        if str(address) in taken:
+            message = f"the address {text} is taken"
+            raise ConflictError(message, hint="choose another, or leave it out to have one chosen")
+        return str(address)
+    for address in _hosts(net):
+        if str(address) not in taken:
+            return str(address)
+    message = f"the network {net} has no free address left"
+    raise ConflictError(message, hint="make a larger network: --subnet CIDR")
+
+
+def _hosts(net: Network) -> Iterator[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    # The first is the gateway's.
+    last = min(net.num_addresses - 1, 1 << 16)
+    for offset in range(2, last):
+        yield net[offset]
+
+
+def host_nameservers() -> list[str]:
+    """The host's name servers (``resolv.conf(5)``)."""
+    found = []
+    try:
+        lines = _RESOLV.read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        words = line.split()
+        if len(words) >= 2 and words[0] == "nameserver":
+            # A link-local server with its interface is of no use to others.
+            address, _, zone = words[1].partition("%")
+            if not zone:
+                found.append(address)
+    return found
