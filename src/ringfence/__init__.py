@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Mount,
         Timeouts,
     )
+    from ringfence.network.policy import Policy
 
 __all__ = [
     "AttachedMachine",
@@ -37,6 +38,7 @@ __all__ = [
     "Machine",
     "MachineSpec",
     "Mount",
+    "Policy",
     "Process",
     "Result",
     "RingfenceError",
@@ -54,6 +56,7 @@ _PLACES = {
     "Machine": "ringfence.machine.machine",
     "MachineSpec": "ringfence.machine.spec",
     "Mount": "ringfence.machine.spec",
+    "Policy": "ringfence.network.policy",
     "Process": "ringfence.machine.process",
     "Result": "ringfence.machine.result",
     "RingfenceError": "ringfence.errors",

@@ -31,13 +31,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         "--kernel", metavar="VERSION|PATH", help="the guest's kernel (the newest at hand)"
     )
     machine.add_argument("--hostname", default="", metavar="NAME", help="its name for itself")
-    machine.add_argument(
-        "--network", default="none", metavar="MODE", help="how it is connected (none)"
-    )
-    machine.add_argument(
-        "-p", "--publish", action="append", default=[], metavar="HOST:GUEST",
-        help="publish a port of it on the host",
-    )  # fmt: skip
+    _add_network_options(parser)
     files = parser.add_argument_group("its files (the host's own programs unless said otherwise)")
     files.add_argument("--image", metavar="REFERENCE", help="an OCI image")
     files.add_argument(
@@ -80,6 +74,42 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="until it takes commands (120)",
     )
+
+
+def _add_network_options(parser: argparse.ArgumentParser) -> None:
+    network = parser.add_argument_group("its network")
+    network.add_argument(
+        "--network", default="none", metavar="MODE",
+        help="none, user, isolated, nat, host-only, routed:CIDR, bridge:IF or a network's name (none)",
+    )  # fmt: skip
+    network.add_argument(
+        "-p", "--publish", action="append", default=[], metavar="[IP:]HOST:GUEST[/udp]",
+        help="publish a port of it on the host (on its loopback)",
+    )  # fmt: skip
+    network.add_argument(
+        "--allow", action="append", default=[], metavar="WHAT",
+        help="let it reach this and nothing else: CIDR, domain, *.domain, with :PORT if need be",
+    )  # fmt: skip
+    network.add_argument(
+        "--deny", action="append", default=[], metavar="WHAT", help="keep it from reaching this"
+    )
+    network.add_argument(
+        "--dns", action="append", default=[], metavar="IP", help="ask this name server"
+    )
+    network.add_argument(
+        "--add-host", action="append", default=[], metavar="NAME:IP", help="a name that it knows"
+    )
+
+
+def _hosts(given: list[str]) -> dict[str, str]:
+    found = {}
+    for text in given:
+        name, colon, address = text.partition(":")
+        if not (name and colon and address):
+            message = f"{text!r} is not a name with an address"
+            raise ConfigError(message, hint="write NAME:IP")
+        found[name] = address.removeprefix("[").removesuffix("]")
+    return found
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +182,10 @@ def machine_spec(args: argparse.Namespace) -> MachineSpec:
         "user": args.user,
         "network": args.network,
         "ports": args.publish,
+        "allow": args.allow,
+        "deny": args.deny,
+        "dns": args.dns,
+        "hosts": _hosts(args.add_host),
         "hostname": args.hostname,
         "boot_timeout_s": args.boot_timeout,
         "writable": args.writable,

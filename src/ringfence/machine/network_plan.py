@@ -1,35 +1,37 @@
-"""How a machine is attached to a network, as the network package offers it."""
+"""How a machine is attached to a network."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING
 
-from ringfence.errors import ConfigError, UnsupportedError
+from ringfence.errors import ConfigError
+from ringfence.network import AttachOptions, PublishedPort, attach
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from contextlib import AbstractContextManager, ExitStack
+    from contextlib import ExitStack
 
     from ringfence.guest.spec import InterfaceSpec
     from ringfence.machine.document import Document
     from ringfence.machine.driver import Place
     from ringfence.machine.spec import MachineSpec
 
-__all__ = ["add_networks"]
+__all__ = ["add_networks", "attach_options"]
 
 
-class _Attachment(Protocol):
-    def device_config(self) -> tuple[Mapping[str, object], Sequence[int]]: ...
+def attach_options(spec: MachineSpec, name: str) -> AttachOptions:
+    """What a machine asks of its network.
 
-    @property
-    def interface(self) -> InterfaceSpec: ...
-
-
-class _NetworkModule(Protocol):
-    def attach(
-        self, network: str, machine_id: str, kind: str
-    ) -> AbstractContextManager[_Attachment]: ...
+    Raises:
+        ConfigError: A value can't be understood.
+    """
+    return AttachOptions(
+        name=name,
+        publish=tuple(PublishedPort.parse(text) for text in spec.ports),
+        policy=spec.policy,
+        dns=spec.dns,
+        hosts=spec.hosts,
+        hostname=spec.hostname,
+    )
 
 
 def add_networks(
@@ -38,21 +40,23 @@ def add_networks(
     """Attaches the machine, adds the card to the document, and says what the guest is told.
 
     Raises:
-        UnsupportedError: This installation has no networks.
+        ConfigError: Something asked for is wrong.
         RingfenceError: As the network says.
     """
+    options = attach_options(spec, place.name)
     if spec.network == "none":
-        if spec.ports:
-            message = "a machine without a network can't publish ports"
-            raise ConfigError(message, hint="add --network user")
+        asked = {
+            "publish ports": options.publish,
+            "have egress rules": options.policy.rules,
+            "have name servers": options.dns,
+            "know hosts": options.hosts,
+        }
+        for what, given in asked.items():
+            if given:
+                message = f"a machine without a network can't {what}"
+                raise ConfigError(message, hint="add --network user")
         return []
-    try:
-        module = cast("_NetworkModule", importlib.import_module("ringfence.network"))
-        attach = module.attach
-    except (ModuleNotFoundError, AttributeError) as error:
-        message = f"machines can't be attached to the network {spec.network!r} yet"
-        raise UnsupportedError(message, hint="run it without: --network none") from error
-    attachment = stack.enter_context(attach(spec.network, place.machine_id, "vm"))
+    attachment = stack.enter_context(attach(spec.network, place.machine_id, "vm", options))
     device, fds = attachment.device_config()
     document.lend(fds)
     document.add_made_device(device)

@@ -17,6 +17,7 @@ from ringfence.machine.spec import (
     Root,
     Timeouts,
 )
+from ringfence.network.policy import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -62,10 +63,18 @@ class MachineOptions(TypedDict, total=False):
     """Environment of all commands."""
     user: str
     """Who runs commands."""
-    network: str
-    """How it is connected."""
+    network: str | Policy
+    """How it is connected; egress rules alone mean ``user``."""
     ports: Iterable[str]
-    """Published ports, ``"HOST:GUEST"``."""
+    """Published ports, ``"[IP:]HOST:GUEST[/udp]"``."""
+    allow: Iterable[str]
+    """What it may reach, such as ``"*.pypi.org:443"``; nothing else then."""
+    deny: Iterable[str]
+    """What it may not reach."""
+    dns: Iterable[str]
+    """Name servers to ask instead of the host's."""
+    hosts: Mapping[str, str]
+    """Names to addresses that its network answers."""
     hostname: str
     """Its name for itself."""
     entrypoint: Iterable[str]
@@ -109,6 +118,8 @@ def spec_from(options: MachineOptions) -> MachineSpec:
         "mounts": tuple(m if isinstance(m, Mount) else Mount.parse(m) for m in mounts),
         "memory_mib": memory_mib(options.get("memory", 512)),
         "ports": tuple(options.get("ports", ())),
+        "dns": tuple(options.get("dns", ())),
+        "hosts": dict(options.get("hosts", {})),
         "env": dict(options.get("env", {})),
         "timeouts": Timeouts(
             machine_s=options.get("timeout_s"),
@@ -119,10 +130,26 @@ def spec_from(options: MachineOptions) -> MachineSpec:
     }
     if "entrypoint" in options:
         values["entrypoint"] = tuple(options["entrypoint"])
-    plain = ("name", "engine", "vcpus", "workdir", "user", "network", "hostname", "kernel")
+    values |= _network(options)
+    plain = ("name", "engine", "vcpus", "workdir", "user", "hostname", "kernel")
     given = cast("Mapping[str, object]", options)
     values |= {key: given[key] for key in plain if key in given}
     return MachineSpec(**values)  # type: ignore[arg-type]
+
+
+def _network(options: MachineOptions) -> dict[str, object]:
+    given = options.get("network")
+    rules = [key for key in ("allow", "deny") if key in options]
+    if isinstance(given, Policy):
+        if rules:
+            message = f"egress rules are given twice: by network and by {rules[0]}"
+            raise ConfigError(message)
+        return {"network": "user", "policy": given}
+    policy = Policy(allow=tuple(options.get("allow", ())), deny=tuple(options.get("deny", ())))
+    found: dict[str, object] = {"policy": policy}
+    if given is not None:
+        found["network"] = given
+    return found
 
 
 def _root(options: MachineOptions) -> Root:

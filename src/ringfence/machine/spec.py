@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Self
 
 from ringfence.errors import ConfigError
+from ringfence.network.policy import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -182,7 +183,10 @@ class MachineSpec:
         env: Added to each command's environment.
         user: Who runs commands: ``NAME``, ``UID`` or ``UID:GID``.
         network: How it is connected: ``none``, ``user``, ``nat``, ... or a network's name.
-        ports: Published ports, as ``HOST:GUEST``.
+        ports: Published ports, as ``[IP:]HOST:GUEST[/udp]``.
+        policy: Who it may reach.
+        dns: Name servers to ask instead of the host's.
+        hosts: Names to addresses that its network answers.
         hostname: Its name for itself; the machine's name when empty.
         entrypoint: What comes before a command, in place of the image's; None is the image's own.
         kernel: A kernel's version or image; the newest at hand when None.
@@ -203,6 +207,9 @@ class MachineSpec:
     user: str = ""
     network: str = "none"
     ports: tuple[str, ...] = ()
+    policy: Policy = field(default_factory=Policy)
+    dns: tuple[str, ...] = ()
+    hosts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     hostname: str = ""
     entrypoint: tuple[str, ...] | None = None
     kernel: str | Path | None = None
