@@ -116,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         "inspect": image_show.inspect,
         "history": image_show.history,
         "diff": image_show.diff,
+        "build": image_make.build,
         "create": image_make.create,
         "import": _import,
         "export": _export,

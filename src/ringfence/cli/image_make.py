@@ -1,21 +1,23 @@
-"""``ringfence image create``: base images without a registry."""
+"""``ringfence image create|build``: images made here."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringfence.cli import output
-from ringfence.errors import ConfigError
+from ringfence.errors import ConfigError, HostError, NotFoundError
+from ringfence.image.platforms import Platform
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ringfence.image.store import Store
 
-__all__ = ["configure", "create"]
+__all__ = ["build", "configure", "create"]
 
 
 def configure(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -32,6 +34,33 @@ def configure(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
         "--include", default="", metavar="PACKAGE,...", help="further packages for debootstrap"
     )
     creating.add_argument("-q", "--quiet", action="store_true", help="print the identity only")
+    _configure_build(add("build", "build an image from a Dockerfile"))
+
+
+def _configure_build(building: argparse.ArgumentParser) -> None:
+    building.add_argument("context", metavar="DIRECTORY", help="where COPY takes files from")
+    building.add_argument("-t", "--tag", action="append", default=[], metavar="NAME")
+    building.add_argument("-f", "--file", metavar="FILE", help="the Dockerfile; - is the input")
+    building.add_argument("--target", default="", metavar="STAGE", help="the stage to build")
+    building.add_argument("--build-arg", action="append", default=[], metavar="NAME[=VALUE]")
+    building.add_argument("--label", action="append", default=[], metavar="NAME=VALUE")
+    building.add_argument(
+        "--secret", action="append", default=[], metavar="id=ID,src=FILE",
+        help="a file that RUN --mount=type=secret may see",
+    )  # fmt: skip
+    building.add_argument("--platform", type=Platform.parse, help="of the base images")
+    building.add_argument("--no-cache", action="store_true", help="use nothing of earlier builds")
+    building.add_argument("--pull", action="store_true", help="fetch base images anew")
+    building.add_argument("--plain-http", action="store_true", help="registries without encryption")
+    building.add_argument(
+        "--engine", default="auto", help="what runs the commands (auto: a real machine)"
+    )
+    building.add_argument("-m", "--memory", default="1G", metavar="SIZE", help="RAM for RUN (1G)")
+    building.add_argument(
+        "--vcpus", type=int, default=1, metavar="N", help="processors for RUN (1)"
+    )
+    building.add_argument("--network", default="none", metavar="MODE", help="for RUN (none)")
+    building.add_argument("-q", "--quiet", action="store_true", help="print the identity only")
 
 
 def create(store: Store, args: argparse.Namespace) -> int:
@@ -57,3 +86,81 @@ def create(store: Store, args: argparse.Namespace) -> int:
             image = making.from_tar(store, source, args.name)
     print(image.id if args.quiet else f"{args.name}: {output.size(image.size)}, {image.id}")
     return 0
+
+
+def build(store: Store, args: argparse.Namespace) -> int:
+    """Builds the image and prints its identity."""
+    from ringfence.image import build as building  # noqa: PLC0415 - only this verb needs it
+    from ringfence.machine.image_runner import MachineRunner  # noqa: PLC0415
+    from ringfence.machine.options import memory_mib  # noqa: PLC0415
+
+    context = Path(args.context)
+    options = building.BuildOptions(
+        tags=tuple(args.tag),
+        target=args.target,
+        build_args=_pairs(args.build_arg, os.environ),
+        platform=args.platform or Platform.host(),
+        labels=_pairs(args.label, {}),
+        secrets=dict(map(_secret, args.secret)),
+        cache=not args.no_cache,
+        pull=args.pull,
+        plain_http=args.plain_http,
+        say=_nothing if args.quiet else _say,
+        output=_nothing if args.quiet else _output,
+    )
+    runner = MachineRunner(
+        args.engine, memory_mib=memory_mib(args.memory), vcpus=args.vcpus, network=args.network
+    )
+    image = building.build(store, context, _dockerfile(context, args.file), runner, options)
+    name = args.tag[0] if args.tag else "built"
+    print(image.id if args.quiet else f"{name}: {output.size(image.size)}, {image.id}")
+    return 0
+
+
+def _dockerfile(context: Path, given: str | None) -> str:
+    if given == "-":
+        return sys.stdin.read()
+    names = [Path(given)] if given else [context / "Dockerfile", context / "Containerfile"]
+    for path in names:
+        try:
+            return path.read_text()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            msg = f"cannot read {path}: {error.strerror}"
+            raise HostError(msg, errno=error.errno, path=str(path)) from error
+    msg = f"there is no {names[0]}"
+    raise NotFoundError(msg, hint="say where it is: --file FILE")
+
+
+def _pairs(given: list[str], known: Mapping[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if equals:
+            found[name] = value
+        elif name in known:
+            found[name] = known[name]
+    return found
+
+
+def _secret(text: str) -> tuple[str, Path]:
+    fields = dict(part.partition("=")[::2] for part in text.split(","))
+    source = fields.get("src") or fields.get("source") or ""
+    if not fields.get("id") or not source:
+        msg = f"{text!r} is not a secret"
+        raise ConfigError(msg, hint="write id=NAME,src=FILE")
+    return fields["id"], Path(source)
+
+
+def _nothing(_: object) -> None:
+    pass
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _output(data: bytes) -> None:
+    sys.stderr.buffer.write(data)
+    sys.stderr.buffer.flush()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ringfence.image.tarwrite import TarWriter
 
-__all__ = ["PackOptions", "file_entry", "pack_tree"]
+__all__ = ["PackOptions", "contents", "file_entry", "pack_tree"]
 
 _CHUNK = 1 << 20
 _KINDS = {
@@ -101,7 +101,7 @@ def _pack(
         if first != full:
             entry.kind, entry.link, entry.size, entry.xattrs = Kind.HARD_LINK, first, 0, None
     if entry.kind == Kind.FILE and entry.size:
-        writer.add(entry, _contents(found.path))
+        writer.add(entry, contents(found.path))
     else:
         writer.add(entry)
     if options.overlay and entry.kind == Kind.DIRECTORY and is_opaque(Path(found.path)):
@@ -165,7 +165,8 @@ def _attributes(entry: Entry, path: str, *, owned: bool) -> None:
         entry.xattrs[raw] = value
 
 
-def _contents(path: str) -> Iterator[bytes]:
+def contents(path: str) -> Iterator[bytes]:
+    """A file's bytes in pieces; a link isn't followed."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         while data := os.read(fd, _CHUNK):

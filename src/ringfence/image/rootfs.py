@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ringfence.image.manifests import Descriptor
     from ringfence.image.store import Image, Store
 
-__all__ = ["RootTree", "rootfs"]
+__all__ = ["RootTree", "disk", "remove_tree", "rootfs", "tree_of"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,6 +79,15 @@ def rootfs(store: Store, image: Image) -> RootTree:
     if len(layers) != len(diff_ids):
         msg = f"image {image.name}: {len(layers)} layers, but {len(diff_ids)} digests of them"
         raise FormatError(msg)
+    return tree_of(store, layers, diff_ids)
+
+
+def tree_of(
+    store: Store,
+    layers: Sequence[Descriptor],
+    diff_ids: tuple[Digest, ...],
+) -> RootTree:
+    """A stack of layers, unpacked and held; as many digests of tars as layers."""
     found: list[Path] = []
     tree = RootTree(layers=())
     with store.using():

@@ -1,0 +1,88 @@
+"""Runs the RUN instructions of a build, each in a machine of its own."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from ringfence.machine.machine import Machine
+from ringfence.machine.spec import DirectoryRoot, MachineSpec, Mount
+
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+    from ringfence.image.build.runner import RunStep
+    from ringfence.machine.spec import EngineName
+
+__all__ = ["MachineRunner"]
+
+# A guest's own file systems in memory lie over these; a build's files there are part of the image.
+_KEPT = ("tmp",)
+
+
+class MachineRunner:
+    """Runs commands in machines.
+
+    Args:
+        engine: What runs them.
+        memory_mib: RAM of each.
+        vcpus: Virtual processors of each.
+        network: What ``RUN`` has unless it says otherwise: ``none``, ``user``, ...
+    """
+
+    def __init__(
+        self,
+        engine: EngineName = "auto",
+        *,
+        memory_mib: int = 1024,
+        vcpus: int = 1,
+        network: str = "none",
+    ) -> None:
+        self._engine: EngineName = engine
+        self._memory_mib = memory_mib
+        self._vcpus = vcpus
+        self._network = network
+
+    def run(self, step: RunStep) -> int:
+        """Runs a command to its end; see :class:`ringfence.image.build.runner.Runner`."""
+        mounts = [
+            Mount(source=step.root / name, target=PurePosixPath("/") / name, read_only=False)
+            for name in _KEPT
+            if (step.root / name).is_dir() and not (step.root / name).is_symlink()
+        ]
+        mounts += [
+            Mount(source=m.source, target=PurePosixPath(m.target), read_only=m.read_only)
+            for m in step.mounts
+        ]
+        spec = MachineSpec(
+            engine=self._engine,
+            vcpus=self._vcpus,
+            memory_mib=self._memory_mib,
+            root=DirectoryRoot(path=step.root, writable=True),
+            mounts=tuple(mounts),
+            network="none" if step.network == "none" else self._network,
+            env=dict(step.env),
+            hostname="build",
+        )
+        with (
+            Machine(spec, command=step.argv) as machine,
+            machine.popen(
+                step.argv, workdir=step.workdir, user=step.user, stdin=False
+            ) as process,
+        ):
+            readers = [
+                threading.Thread(target=_pass_on, args=(stream, step), daemon=True)
+                for stream in (process.stdout, process.stderr)
+            ]
+            for reader in readers:
+                reader.start()
+            code = process.wait()
+            for reader in readers:
+                reader.join()
+        return code
+
+
+def _pass_on(stream: BinaryIO, step: RunStep) -> None:
+    while data := stream.read(1 << 16):
+        step.output(data)
