@@ -112,6 +112,11 @@ def spec_from(options: MachineOptions) -> MachineSpec:
     Raises:
         ConfigError: Keywords contradict one another, or a value isn't possible.
     """
+    unknown = sorted(set(options) - MachineOptions.__optional_keys__)
+    if unknown:
+        known = ", ".join(sorted(MachineOptions.__optional_keys__))
+        message = f"a machine has no option {unknown[0]!r}"
+        raise ConfigError(message, hint=f"the options are {known}")
     mounts = options.get("mounts", ())
     values: dict[str, object] = {
         "root": _root(options),
