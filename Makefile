@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTHON_SOURCES := $(shell find src -name '*.py' -o -name '*.pyi')
 RUST_SOURCES := $(shell find crates fuzz/harness -name '*.rs' -o -name Cargo.toml -o -name '*.S' -o -name '*.bin') \
 	Cargo.toml Cargo.lock
 
@@ -25,7 +26,7 @@ test-rust: $(VENV)/.tools
 	$(PYTHON) tools/host_packages.py build test
 	cargo test --locked --workspace --quiet
 
-test-python: build
+test-python: build wheel
 	$(PYTHON) tools/host_packages.py build test
 	$(RUN) -m pytest
 
@@ -54,8 +55,7 @@ fuzz: $(VENV)/.tools ## Fuzz every surface for a bounded time
 soak: build ## Run the long tests
 	$(RUN) -m pytest tests/soak
 
-wheel: $(VENV)/.built ## Build the wheel that carries both binaries, into dist/
-	$(VENV)/bin/maturin build --release --locked --out dist
+wheel: dist/.made ## Build the wheel that carries the binaries, into dist/
 
 clean: ## Remove what was built and cached here
 	rm -rf $(VENV) target dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -74,4 +74,9 @@ $(VENV)/.tools: pyproject.toml tools/constraints.txt
 $(VENV)/.built: $(VENV)/.tools $(RUST_SOURCES) tools/build_binaries.py
 	$(PYTHON) tools/build_binaries.py
 	$(VENV)/bin/maturin develop --quiet --release --locked
+	touch $@
+
+dist/.made: $(VENV)/.built $(PYTHON_SOURCES)
+	rm -rf dist
+	$(VENV)/bin/maturin build --quiet --release --locked --out dist
 	touch $@

@@ -67,9 +67,7 @@ class MachineRunner:
         )
         with (
             Machine(spec, command=step.argv) as machine,
-            machine.popen(
-                step.argv, workdir=step.workdir, user=step.user, stdin=False
-            ) as process,
+            machine.popen(step.argv, workdir=step.workdir, user=step.user, stdin=False) as process,
         ):
             readers = [
                 threading.Thread(target=_pass_on, args=(stream, step), daemon=True)
