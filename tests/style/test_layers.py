@@ -12,7 +12,8 @@ from tests.style.repository import REPOSITORY, files, text, with_suffix
 PYTHON_LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"_paths", "_binaries", "_native"}),
-    frozenset({"lowlevel", "guest", "image", "network", "host"}),
+    frozenset({"lowlevel", "guest", "image", "host"}),
+    frozenset({"network"}),
     frozenset({"machine"}),
     # Its driver speaks machine's interface; machine finds it by name.
     frozenset({"container"}),
