@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Launch"]
 
+# The question that the first stage asks.
+_BEFORE_FORK = "map"
+
 
 class Launch:
     """One start of the setup program.
@@ -85,15 +88,22 @@ class Launch:
         Raises:
             HostError: The setup failed; the message names the step.
         """
+        early: list[str] = []
         for line in self._lines():
             message = Fields(lean_json.loads(line, "the setup's message"))
             if "pid" in message:
                 self.pid = message.integer("pid")
                 os.waitpid(self.stage, 0)
+                for question in early:
+                    self._answer(answers, question)
+                early.clear()
             elif "ask" in message:
                 question = message.text("ask")
-                answer = answers[question]() if question in answers else ""
-                self._answer(answer)
+                # The second stage may speak before the first has said its number.
+                if self.pid or question == _BEFORE_FORK:
+                    self._answer(answers, question)
+                else:
+                    early.append(question)
             elif "error" in message:
                 self._failed(message.table("error"))
             elif "ready" in message and until_ready:
@@ -111,7 +121,8 @@ class Launch:
                 return
             self._buffer += chunk
 
-    def _answer(self, text: str) -> None:
+    def _answer(self, answers: Mapping[str, Callable[[], str]], question: str) -> None:
+        text = answers[question]() if question in answers else ""
         try:
             os.write(self._answers, text.replace("\n", " ").encode() + b"\n")
         except BrokenPipeError:
