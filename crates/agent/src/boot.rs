@@ -181,18 +181,24 @@ fn be_set_up(
         set_clock(setup.time_ns)?;
     }
     guest.set_limits(limits(&setup)?);
-    phases.changed_root = true;
-    root::enter(&setup.root, modules)?;
-    phases.end("root");
-    root::mount_all(&setup.mounts, modules)?;
-    phases.end("mounts");
-    names::set(&setup)?;
     if !setup.interfaces.is_empty() {
-        modules.load("virtio_net")?;
-        modules.load("ipv6")?;
-        modules.load("af_packet")?;
+        for name in ["virtio_net", "ipv6", "af_packet"] {
+            modules.load(name)?;
+        }
     }
-    network::set_up(&setup.interfaces)?;
+    phases.changed_root = true;
+    // The kernel's network side waits more than it works, so it may do so meanwhile.
+    thread::scope(|scope| {
+        let network = scope.spawn(|| network::set_up(&setup.interfaces));
+        root::enter(&setup.root, modules)?;
+        phases.end("root");
+        root::mount_all(&setup.mounts, modules)?;
+        phases.end("mounts");
+        names::set(&setup)?;
+        phases.end("names");
+        let done = network.join();
+        done.unwrap_or_else(|_| Err(AgentError::guest("setting the network up failed")))
+    })?;
     phases.end("network");
     for (name, value) in &setup.sysctls {
         let path = format!("/proc/sys/{}", name.replace('.', "/"));

@@ -1,7 +1,7 @@
 """Guest kernels: found on this host, fetched from its distribution, or brought by the user.
 
 In order: the one that is asked for, the cache, the host's ``/boot``, the distribution's package
-(:mod:`ringfence.guest.packages`). The cache holds ``kernels/VERSION/{vmlinuz,modules,source}``.
+(:mod:`ringfence.guest.packages`). The cache holds ``kernels/VERSION/{vmlinuz,config,modules,source}``.
 """
 
 from __future__ import annotations
@@ -249,6 +249,9 @@ def _keep(image: Path, modules: Path | None, version: str, source: str) -> Kerne
         new.mkdir()
         try:
             shutil.copyfile(image, new / "vmlinuz")
+            config = image.parent / f"config-{version}"
+            if config.is_file():
+                shutil.copyfile(config, new / "config")
             if modules is not None and modules.is_dir():
                 # The links point to where the kernel was built.
                 ignore = shutil.ignore_patterns("build", "source")

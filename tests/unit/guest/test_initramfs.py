@@ -111,6 +111,24 @@ def test_it_is_made_once_for_a_kernel_and_an_agent(kernel: Kernel, agent: Path) 
 
 
 @pytest.mark.parametrize(
+    ("config", "kept"),
+    [("CONFIG_MODULE_SIG=y\n", False), ("CONFIG_MODULE_SIG_FORCE=y\n", True), (None, True)],
+    ids=["not forced", "forced", "unknown"],
+)
+def test_signatures_go_where_the_kernel_does_without(
+    kernel: Kernel, agent: Path, config: str | None, kept: bool
+) -> None:
+    plain = module()
+    signature = b"s" * 300
+    tail = bytes(8) + len(signature).to_bytes(4, "big") + b"~Module signature appended~\n"
+    (kernel.modules / "kernel" / "drivers" / "virtio.ko").write_bytes(plain + signature + tail)
+    if config is not None:
+        (kernel.image.parent / "config-1.2.3").write_text(config)
+    found = members(initramfs.build(kernel, agent).read_bytes())["ringfence/virtio.ko"][1]
+    assert found == (plain + signature + tail if kept else plain)
+
+
+@pytest.mark.parametrize(
     "program",
     [
         b"#!/bin/sh\n",
