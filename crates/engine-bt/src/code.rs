@@ -74,6 +74,9 @@ pub(crate) enum SiteKind {
     Copied,
     /// An instruction for the monitor.
     Step,
+    /// A string instruction on host addresses: R11 says how far RDI is from the guest's, R10 how
+    /// far RSI is, if there is a source.
+    String { source: bool },
     /// The end of an indirect transfer, or one to another page; its target is in
     /// [`crate::hot::Hot::spill`]`[3]`.
     Jump,

@@ -158,8 +158,8 @@ impl Core {
         if address % 4096 + u64::from(bytes) <= 4096 {
             let place = match self.locate(address, access, self.is_user()) {
                 // A vector instruction may rather complain of the alignment, or leave out the
-                // bytes that aren't there.
-                Err(_) if bytes >= 16 => {
+                // bytes that aren't there; an x87 one may have an earlier error to report.
+                Err(_) if bytes >= 16 || crate::fpu::exception_waits() => {
                     self.step()?;
                     return self.go_on();
                 }
@@ -267,7 +267,7 @@ impl Core {
         let Some((block, site)) = found else {
             return Err(self.unexpected_signal(pc, signal, address));
         };
-        if block.key.gpa == u64::MAX {
+        if block.key.gpa == u64::MAX && block.start > 0 {
             self.remote.counters.signals.bump();
             self.scratch_fault = Some(self.scratch_exception(pc, signal, address));
             return Ok(LEAVE);
@@ -291,11 +291,22 @@ impl Core {
         }
         self.take_back(&site, MAX_BORROWED);
         self.set_rip_in_page(site.guest);
-        if site.kind == SiteKind::Jump {
-            self.undo_transfer(&block, &site);
+        match site.kind {
+            SiteKind::Jump => self.undo_transfer(&block, &site),
+            SiteKind::String { source } => self.return_pointers(source),
+            _ => {}
         }
         self.step()?;
         self.go_on()
+    }
+
+    /// Makes guest addresses of the host addresses that a string instruction stopped at.
+    fn return_pointers(&mut self, source: bool) {
+        let (target, from) = (self.hot().t0, self.hot().t1);
+        self.set_gpr(7, self.gpr(7).wrapping_sub(target));
+        if source {
+            self.set_gpr(6, self.gpr(6).wrapping_sub(from));
+        }
     }
 
     /// A transfer's target turned out to be impossible: takes back what the transfer did to the

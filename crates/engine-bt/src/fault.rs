@@ -17,6 +17,7 @@ pub(crate) mod vector {
     pub(crate) const STACK: u8 = 12;
     pub(crate) const GENERAL_PROTECTION: u8 = 13;
     pub(crate) const PAGE: u8 = 14;
+    pub(crate) const X87: u8 = 16;
     pub(crate) const ALIGNMENT: u8 = 17;
 }
 

@@ -145,4 +145,14 @@ impl Core {
     }
 }
 
+/// Whether an unmasked x87 exception of the guest waits for the next x87 instruction. Only while
+/// its state is in the processor.
+pub(crate) fn exception_waits() -> bool {
+    const ERROR_SUMMARY: u16 = 1 << 7;
+    let status: u16;
+    // SAFETY: FNSTSW reads the status word and changes nothing.
+    unsafe { asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags)) };
+    status & ERROR_SUMMARY != 0
+}
+
 static DEFAULT: u32 = MXCSR_DEFAULT;

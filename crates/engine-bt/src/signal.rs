@@ -110,10 +110,12 @@ extern "C" fn on_signal(
         forward(signal, info, context);
         return;
     }
-    let trap = if signal == libc::SIGBUS {
+    let number = registers[libc::REG_TRAPNO as usize].cast_unsigned();
+    // A non-canonical stack address ends in SIGBUS too, with the number of its own trap.
+    let trap = if signal == libc::SIGBUS && number == PAGE_TRAP {
         BUS_ERROR
     } else {
-        registers[libc::REG_TRAPNO as usize].cast_unsigned()
+        number
     };
     // SAFETY: `info` is valid; a fault signal has an address (0 when the processor gives none).
     let address = unsafe { (*info).si_addr() } as u64;

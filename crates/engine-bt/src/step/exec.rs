@@ -29,6 +29,8 @@ use crate::hot::hot;
 use crate::step::is_high_byte;
 use crate::step::is_hint;
 use crate::step::rules::is_masked_move;
+use crate::step::rules::is_x87_store;
+use crate::step::rules::waits_for_x87;
 use crate::translate::asm::Asm;
 use crate::translate::asm::Mem;
 use crate::translate::asm::T0;
@@ -89,7 +91,9 @@ impl Core {
         let access = memory.access();
         Some(MemoryUse {
             bytes: memory.memory_size().size(),
-            reads: !matches!(access, OpAccess::Write | OpAccess::NoMemAccess),
+            // With its exception unmasked, an x87 store leaves memory as it was.
+            reads: !matches!(access, OpAccess::Write | OpAccess::NoMemAccess)
+                || is_x87_store(instruction),
             writes: matches!(
                 access,
                 OpAccess::Write
@@ -152,6 +156,9 @@ impl Core {
         if usage.bytes == 0 || usage.bytes > BOUNCE_BYTES / 2 {
             return self.execute_odd_size(instruction);
         }
+        if waits_for_x87(instruction) && crate::fpu::exception_waits() {
+            return Err(Fault::bare(vector::X87).into());
+        }
         let access = if usage.writes {
             Access::Write
         } else {
@@ -160,9 +167,13 @@ impl Core {
         let (address, bitwise) = self.bit_string_address(instruction, usage.bytes, access)?;
         let address = match address {
             Some(address) => address,
-            None => self.operand_address(instruction, operand, usage.bytes, access)?,
+            None => {
+                let address = self.raw_operand_address(instruction, operand)?;
+                self.check_vector_alignment(instruction, address)?;
+                let segment = self.operand_segment(instruction);
+                self.check_segment(segment, address, usage.bytes, access)?
+            }
         };
-        self.check_vector_alignment(instruction, address)?;
         let user = self.is_user();
         let span = self.span(address, usage.bytes, access, user)?;
         let shared = std::sync::Arc::clone(&self.shared);
@@ -205,12 +216,23 @@ impl Core {
         let unused = 64 - bits;
         let offset = (raw << unused).cast_signed() >> unused;
         let step = offset.div_euclid(bits.cast_signed()) * (bits / 8).cast_signed();
-        let base = instruction
-            .try_virtual_address(0, 0, |register, _, _| self.register_value(register))
-            .ok_or_else(Fault::undefined)?;
-        let segment = crate::step::segment_index(instruction.memory_segment())
-            .unwrap_or(ringfence_x86::state::DS);
-        let address = base.wrapping_add_signed(step);
+        let base = self.raw_operand_address(instruction, 0)?;
+        let address = if crate::step::has_short_address(instruction) {
+            // The sum wraps at the address's width, before the segment's base comes to it.
+            let segment = self
+                .register_value(instruction.memory_segment())
+                .unwrap_or(0);
+            let width = if instruction.memory_base().is_gpr16() {
+                0xffff
+            } else {
+                0xffff_ffff
+            };
+            let offset = base.wrapping_sub(segment).wrapping_add_signed(step) & width;
+            segment.wrapping_add(offset)
+        } else {
+            base.wrapping_add_signed(step)
+        };
+        let segment = self.operand_segment(instruction);
         let address = self.check_segment(segment, address, bytes, access)?;
         Ok((Some(address), Some(raw & (bits - 1))))
     }

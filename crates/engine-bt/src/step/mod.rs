@@ -186,11 +186,29 @@ impl Core {
         len: usize,
         access: Access,
     ) -> Result<u64, Stop> {
-        let address = instruction
-            .try_virtual_address(operand, 0, |register, _, _| self.register_value(register))
-            .ok_or_else(Fault::undefined)?;
-        let segment = segment_index(instruction.memory_segment()).unwrap_or(DS);
+        let address = self.raw_operand_address(instruction, operand)?;
+        let segment = self.operand_segment(instruction);
         self.check_segment(segment, address, len, access)
+    }
+
+    /// The linear address of a memory operand, not yet checked.
+    fn raw_operand_address(&self, instruction: &Instruction, operand: u32) -> Result<u64, Stop> {
+        instruction
+            .try_virtual_address(operand, 0, |register, _, _| self.register_value(register))
+            .ok_or_else(|| Fault::undefined().into())
+    }
+
+    /// The segment of a memory operand. 64-bit code has no prefixes for ES, CS, SS and DS: there
+    /// the base register chooses between SS and DS (SDM 1 §3.7.4; APM 2 §4.5.3).
+    fn operand_segment(&self, instruction: &Instruction) -> usize {
+        let named = segment_index(instruction.memory_segment()).unwrap_or(DS);
+        if !self.is_64bit() || named >= FS {
+            return named;
+        }
+        match instruction.memory_base().full_register() {
+            Register::RSP | Register::RBP => SS,
+            _ => DS,
+        }
     }
 
     /// Segment rights and limits (SDM 3A §5.3 to §5.5) for a linear address that includes the
@@ -435,6 +453,7 @@ pub(crate) use exec::is_sse;
 pub(crate) use exec::uses_fpu;
 pub(crate) use rules::cannot_fault;
 pub(crate) use rules::is_hint;
+pub(crate) use rules::is_plain_store;
 
 /// AH, CH, DH or BH.
 pub(crate) fn is_high_byte(register: Register) -> bool {
@@ -442,6 +461,18 @@ pub(crate) fn is_high_byte(register: Register) -> bool {
         register,
         Register::AH | Register::CH | Register::DH | Register::BH
     )
+}
+
+/// Whether a memory operand's address has 16 or 32 bits.
+pub(crate) fn has_short_address(instruction: &Instruction) -> bool {
+    let short = |register: Register| {
+        register.is_gpr16() || register.is_gpr32() || register == Register::EIP
+    };
+    short(instruction.memory_base())
+        || short(instruction.memory_index())
+        || (instruction.memory_base() == Register::None
+            && instruction.memory_index() == Register::None
+            && instruction.memory_displ_size() < 8)
 }
 
 /// Index of a segment register in the saved state.

@@ -4,6 +4,7 @@ use iced_x86::CpuidFeature;
 use iced_x86::EncodingKind;
 use iced_x86::Instruction;
 use iced_x86::Mnemonic;
+use iced_x86::OpKind;
 
 use crate::core::Core;
 use crate::fault::Fault;
@@ -32,6 +33,64 @@ pub(crate) fn is_hint(instruction: &Instruction) -> bool {
 pub(super) fn is_interrupt(instruction: &Instruction) -> bool {
     use Mnemonic as M;
     matches!(instruction.mnemonic(), M::Int | M::Int1 | M::Int3 | M::Into)
+}
+
+/// Stores of an x87 register.
+pub(super) fn is_x87_store(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        instruction.mnemonic(),
+        M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp
+    )
+}
+
+/// x87 and MMX instructions that report an earlier x87 error before they do anything (SDM 1
+/// §8.7.2).
+pub(super) fn waits_for_x87(instruction: &Instruction) -> bool {
+    use CpuidFeature as F;
+    use Mnemonic as M;
+    let unit = instruction
+        .cpuid_features()
+        .iter()
+        .any(|feature| matches!(feature, F::FPU | F::FPU287 | F::FPU387 | F::MMX));
+    let mmx = (0..instruction.op_count()).any(|operand| {
+        instruction.op_kind(operand) == OpKind::Register && instruction.op_register(operand).is_mm()
+    });
+    let at_once = matches!(
+        instruction.mnemonic(),
+        M::Fnstcw | M::Fnstsw | M::Fnstenv | M::Fnsave | M::Fnclex | M::Fninit
+    );
+    (unit || mmx) && !at_once
+}
+
+/// Plain moves of a whole register to memory, of any alignment: they can't fault by themselves,
+/// and they write every byte of their operand.
+pub(crate) fn is_plain_store(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        instruction.mnemonic(),
+        M::Mov
+            | M::Movups
+            | M::Movupd
+            | M::Movdqu
+            | M::Movq
+            | M::Movsd
+            | M::Movlps
+            | M::Movhps
+            | M::Movlpd
+            | M::Movhpd
+            | M::Vmovups
+            | M::Vmovupd
+            | M::Vmovdqu
+            | M::Vmovq
+            | M::Vmovsd
+            | M::Vmovlps
+            | M::Vmovhps
+            | M::Vmovlpd
+            | M::Vmovhpd
+            | M::Vextractf128
+            | M::Vextracti128
+    )
 }
 
 /// Moves of the elements that a mask register chooses; the others aren't touched, not even to see

@@ -165,7 +165,8 @@ impl Core {
 
     fn repeat(&mut self, shape: &Shape) -> Result<Flow, Stop> {
         let mask = Self::mask(shape);
-        let mut budget = BATCH;
+        // A single step is one element.
+        let mut budget = if self.has(flag::TF) { 1 } else { BATCH };
         loop {
             let count = self.gpr(1) & mask;
             if count == 0 {
@@ -277,7 +278,6 @@ impl Core {
     }
 
     fn element(&mut self, shape: &Shape) -> Result<(), Stop> {
-        let user = self.is_user();
         match shape.operation {
             Operation::Move => {
                 let value = self.source_element(shape)?;
@@ -292,15 +292,13 @@ impl Core {
             }
             Operation::Compare => {
                 let left = self.source_element(shape)?;
-                let at = self.pointer(RDI, shape, Access::Read)?;
-                let right = self.read_number(at, shape.size, user)?;
+                let right = self.target_element(shape)?;
                 self.compare(left, right, shape.size);
                 self.advance(RSI, shape, 1);
                 self.advance(RDI, shape, 1);
             }
             Operation::Scan => {
-                let at = self.pointer(RDI, shape, Access::Read)?;
-                let right = self.read_number(at, shape.size, user)?;
+                let right = self.target_element(shape)?;
                 self.compare(self.gpr(0), right, shape.size);
                 self.advance(RDI, shape, 1);
             }
@@ -316,6 +314,11 @@ impl Core {
 
     fn source_element(&mut self, shape: &Shape) -> Result<u64, Stop> {
         let at = self.pointer(RSI, shape, Access::Read)?;
+        self.read_number(at, shape.size, self.is_user())
+    }
+
+    fn target_element(&mut self, shape: &Shape) -> Result<u64, Stop> {
+        let at = self.pointer(RDI, shape, Access::Read)?;
         self.read_number(at, shape.size, self.is_user())
     }
 

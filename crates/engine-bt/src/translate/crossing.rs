@@ -12,8 +12,10 @@ use crate::hot::Gate;
 use crate::hot::hot;
 use crate::mode::Mode;
 use crate::translate::Request;
+use crate::translate::asm::A;
 use crate::translate::asm::Fixup;
 use crate::translate::asm::Mem;
+use crate::translate::asm::NZ;
 use crate::translate::asm::RAX;
 use crate::translate::asm::RCX;
 use crate::translate::asm::Reg;
@@ -109,6 +111,21 @@ impl Emitter<'_> {
         self.asm.and_imm32_wide(RAX, -0x1000);
     }
 
+    /// Branches off for an address that isn't canonical, or not in the half that user code has: the
+    /// page number alone doesn't tell. Clobbers RCX.
+    fn leave_unless_reachable(&mut self, address: Reg) -> Fixup {
+        const HALF_BITS: u8 = 47;
+        self.asm.mov(RCX, address);
+        self.asm.sar(true, RCX, HALF_BITS);
+        if self.request.mode.is_user() {
+            self.asm.test(RCX, RCX);
+            return self.asm.jcc(NZ);
+        }
+        self.asm.lea(RCX, Mem::at(RCX, 1));
+        self.asm.cmp_imm32(RCX, 1);
+        self.asm.jcc(A)
+    }
+
     fn restore_and_return(&mut self) {
         self.asm.load(RCX, Mem::gs(hot!(cross_saved, 6)));
         self.asm.load(RAX, Mem::gs(hot!(cross_saved, 5)));
@@ -141,8 +158,10 @@ impl Emitter<'_> {
     }
 
     fn read_routine(&mut self, size: i32) {
+        let near = self.leave_unless_reachable(T0);
         let first = self.load_entry(T0, false);
         self.boundary();
+        let far = self.leave_unless_reachable(RAX);
         // The last bytes of the first page, up to the middle of the buffer.
         self.asm.lea(
             T1,
@@ -159,16 +178,18 @@ impl Emitter<'_> {
         self.copy_words(size, HALF);
         self.buffer_addend();
         self.restore_and_return();
-        self.give_up(vec![first, second]);
+        self.give_up(vec![near, first, far, second]);
     }
 
     fn prepare_routine(&mut self, _size: i32) {
+        let near = self.leave_unless_reachable(T0);
         let first = self.load_entry(T0, true);
         self.boundary();
+        let far = self.leave_unless_reachable(RAX);
         let second = self.load_entry(RAX, true);
         self.buffer_addend();
         self.restore_and_return();
-        self.give_up(vec![first, second]);
+        self.give_up(vec![near, first, far, second]);
     }
 
     /// T0 is the guest address, and the flags are the instruction's: they are parked in RAX,

@@ -12,6 +12,7 @@ use iced_x86::OpKind;
 use iced_x86::Register;
 
 use crate::step::decoder_options;
+use crate::step::has_short_address;
 use crate::step::is_emulated;
 use crate::step::is_hint;
 use crate::translate::Request;
@@ -361,7 +362,7 @@ fn classify_memory(instruction: &Instruction, info: &mut InstructionInfoFactory)
     let bit_string = matches!(instruction.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
         && instruction.op1_kind() == OpKind::Register;
     if bit_string {
-        return if bytes >= 4 {
+        return if bytes >= 4 && !has_short_address(instruction) {
             Class::BitString { bytes, write }
         } else {
             Class::Step

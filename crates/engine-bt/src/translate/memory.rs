@@ -428,7 +428,9 @@ impl Emitter<'_> {
     pub(crate) fn memory(&mut self, item: &Item, bytes: u16, reads: bool, write: bool) {
         let instruction = &item.instruction;
         // A copy is written by repeating the instruction: it must keep the address in T0.
-        let repeatable = !mentions(instruction, Register::R10)
+        // Cold code has no site to fault at.
+        let repeatable = crate::step::is_plain_store(instruction)
+            && !mentions(instruction, Register::R10)
             && !mentions(instruction, Register::R11)
             && !has_high_byte(instruction);
         let crossing = match (reads, write) {

@@ -184,12 +184,14 @@ impl Emitter<'_> {
             offset: item.offset,
             crossing: Across::Monitor,
         });
+        // The load may fault: nothing is changed before.
+        self.load_word(T0, spot.mem());
         if self.is_wide() {
             self.asm.lea(RSP, Mem::at(RBP, self.word()));
         } else {
             self.asm.lea32(RSP, Mem::at(RBP, self.word()));
         }
-        self.load_word(RBP, spot.mem());
+        self.asm.mov(RBP, T0);
         self.close_site(site);
     }
 }

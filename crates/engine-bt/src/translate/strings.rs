@@ -68,18 +68,21 @@ impl Emitter<'_> {
             site,
             flags_parked: keep,
         });
+        self.close_site(site);
         self.asm.lea(RDI, Mem::indexed(RDI, T0, 0));
         if has_source {
             self.asm.lea(RSI, Mem::indexed(RSI, T1, 0));
         }
+        let kind = SiteKind::String { source: has_source };
+        let site = self.open_site(kind, item.offset);
         let start = usize::from(item.offset);
         let bytes = &self.request.page[start..start + item.instruction.len()];
         self.asm.bytes(bytes);
+        self.close_site(site);
         self.subtract(RDI, T0);
         if has_source {
             self.subtract(RSI, T1);
         }
-        self.close_site(site);
     }
 
     /// Leaves unless RCX elements at `pointer` end in its page.
