@@ -80,7 +80,11 @@ pub fn init() -> Result<(), AgentError> {
     thread::Builder::new()
         .spawn(move || serving.serve(link))
         .tried(|| "cannot serve the host".into())?;
-    let _background = thread::Builder::new().spawn(move || modules.load_drivers(&OTHERS));
+    let _background = thread::Builder::new().spawn(move || {
+        // A kernel without it panics all the same; only nobody is told why the guest resets.
+        let _optional = modules.load("pvpanic_mmio");
+        modules.load_drivers(&OTHERS)
+    });
     guest.accept(&listener);
     Ok(())
 }

@@ -14,6 +14,7 @@ from ringfence.machine.control_server import error_from, error_to
 from ringfence.machine.logs import LogWriter
 from ringfence.machine.machine import Machine
 from ringfence.machine.phases import Phases
+from ringfence.machine.process import read_some
 
 if TYPE_CHECKING:
     from ringfence.machine.spec import MachineSpec
@@ -111,7 +112,7 @@ def _run(spec: MachineSpec, command: tuple[str, ...], report: int, *, keep: bool
 def _start_reader(source: BinaryIO, stream: int, log: LogWriter) -> threading.Thread:
     def read() -> None:
         with suppress(OSError, ValueError, RingfenceError):
-            while chunk := source.read(_CHUNK):
+            while chunk := read_some(source, _CHUNK):
                 log.write(stream, chunk)
 
     thread = threading.Thread(target=read, daemon=True)

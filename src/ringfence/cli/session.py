@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ringfence.errors import RingfenceError
 from ringfence.guest.spec import TerminalSize
+from ringfence.machine.process import read_some
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +95,7 @@ def _feed(process: Process) -> None:
 def _drain(source: BinaryIO, target: int) -> None:
     """The command's output to ours. When nobody reads ours, the command hears of it by closing."""
     with suppress(ValueError, RingfenceError):
-        while chunk := source.read(_CHUNK):
+        while chunk := read_some(source, _CHUNK):
             try:
                 _write_all(target, chunk)
             except OSError:

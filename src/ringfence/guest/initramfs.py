@@ -44,6 +44,7 @@ MODULES = (
     "isofs",
     "af_packet",
     "ipv6",
+    "pvpanic_mmio",
 )
 _FORMAT = "2"
 _SIGNATURE = b"~Module signature appended~\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Self
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
     from ringfence.errors import RingfenceError
     from ringfence.machine.driver import ProcessLike
 
-__all__ = ["Process"]
+__all__ = ["Process", "read_some"]
+
+
+def read_some(stream: BinaryIO, most: int) -> bytes:
+    """What has come, at most so many bytes, waiting for the first; empty at the end.
+
+    A buffered stream's own ``read`` waits until all of them are there.
+    """
+    read = stream.read1 if isinstance(stream, io.BufferedIOBase) else stream.read
+    return read(most)
 
 
 class Process:
