@@ -182,12 +182,12 @@ def make_disk(folder: Path, disk_format: str) -> Path:
     subprocess.run(["cp", busybox.stdout.strip(), tree / "bin/busybox"], check=True)
     (tree / "hello").write_text("on disk\n")
     raw = folder / "disk.raw"
-    command = ["mke2fs", "-q", "-t", "ext4", "-d", tree, raw, "32M"]
+    command = ["mke2fs", "-q", "-t", "ext4", "-d", str(tree), str(raw), "32M"]
     subprocess.run(command, check=True, capture_output=True)
     if disk_format == "raw":
         return raw
     qcow2 = folder / "disk.qcow2"
-    convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, qcow2]
+    convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(qcow2)]
     subprocess.run(convert, check=True)
     return qcow2
 
@@ -262,5 +262,5 @@ def test_bad_input_starts_nothing_and_leaves_nothing(
 ) -> None:
     before = sorted(session_state.rglob("*"))
     with pytest.raises(error, match=words):
-        Machine(**{"engine": engine, **options}).start()
+        Machine(**(options | {"engine": engine})).start()
     assert sorted(session_state.rglob("*")) == before

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
+# The emulated processor takes its time: what differs between engines, and the product's promises.
+CHOSEN = (
+    "its_own or exit_codes or streams or pausing or mounts or disk_as_the_root or killed or panics"
+)
+
 pytestmark = [pytest.mark.kvm, pytest.mark.slow]
 
 
@@ -23,7 +28,9 @@ def test_machines_by_kvm(nested_host: NestedHost) -> None:
     site = next(path for path in sys.path if path.endswith("site-packages"))
     path = f"PYTHONPATH={REPOSITORY / 'src'}:{REPOSITORY}:{site}"
     done = nested_host.run(
-        ["/usr/bin/env", path, *command, "--engine", "kvm", tests], cwd=REPOSITORY, timeout_s=900
+        ["/usr/bin/env", path, *command, "--engine", "kvm", "-k", CHOSEN, tests],
+        cwd=REPOSITORY,
+        timeout_s=900,
     )
     output = done.stdout.decode(errors="replace")
     assert done.status == 0, output[-6000:]
