@@ -146,9 +146,10 @@ class TarReader:
         """
         local: dict[bytes, bytes] = {}
         while True:
-            self._skip(self._left + self._padding)
+            self._skip(self._left)
+            # Some writers leave out the last member's padding, and the end with it.
+            header = self._take(self._padding + BLOCK)[self._padding :]
             self._left = self._padding = 0
-            header = self._take(BLOCK)
             if len(header) < BLOCK or header == _ZEROS:
                 if 0 < len(header) < BLOCK:
                     fail("it ends within a header")
