@@ -27,3 +27,13 @@ mod root;
 mod spawn;
 mod stats;
 mod users;
+
+/// Whether the agent understands what a frame of the host says: a request, or the setup. It is what a
+/// connection does with a payload before anything happens.
+pub fn understands(kind: frame::Kind, payload: &[u8]) -> bool {
+    match kind {
+        frame::Kind::Request => serde_json::from_slice::<message::Request>(payload).is_ok(),
+        frame::Kind::Setup => serde_json::from_slice::<message::Setup>(payload).is_ok(),
+        _ => true,
+    }
+}

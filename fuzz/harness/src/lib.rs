@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod devices;
 pub mod fs;
 pub mod net;
@@ -32,6 +33,7 @@ pub const BODIES: &[(&str, Body)] = &[
     ("virtio_fs", fs::fs),
     ("pci_root", pci::root),
     ("qcow2_image", qcow2::image),
+    ("agent_protocol", agent::protocol),
 ];
 
 /// Bytes that are always the same for a seed.

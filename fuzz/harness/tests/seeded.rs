@@ -27,6 +27,11 @@ mod tests {
     }
 
     #[test]
+    fn agent_protocol() {
+        run("agent_protocol");
+    }
+
+    #[test]
     fn virtio_rng() {
         run("virtio_rng");
     }
