@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["Runtime", "busybox", "left_behind", "make_bundle"]
+__all__ = ["Runtime", "busybox", "left_behind", "make_bundle", "make_root"]
 
 _APPLETS = [
     "sh",
@@ -63,15 +63,20 @@ def busybox() -> Path:
     pytest.skip("no static busybox on this host: apt install busybox-static")
 
 
-def make_bundle(folder: Path, *command: str, **changes: object) -> Path:
-    """A bundle that runs a command; ``changes`` are merged into its configuration."""
-    root = folder / "rootfs"
+def make_root(root: Path) -> Path:
+    """A root file system of one static program."""
     for name in ("bin", "proc", "dev", "sys", "tmp", "etc"):
         (root / name).mkdir(parents=True, exist_ok=True)
     shutil.copy(busybox(), root / "bin/busybox")
     for name in _APPLETS:
         (root / "bin" / name).unlink(missing_ok=True)
         (root / "bin" / name).symlink_to("busybox")
+    return root
+
+
+def make_bundle(folder: Path, *command: str, **changes: object) -> Path:
+    """A bundle that runs a command; ``changes`` are merged into its configuration."""
+    make_root(folder / "rootfs")
     runtime = Runtime(folder / "states")
     (folder / "config.json").unlink(missing_ok=True)
     rootless = ["--rootless"] if changes.pop("rootless", False) else []

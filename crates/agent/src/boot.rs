@@ -14,13 +14,19 @@ use crate::modules::Modules;
 use crate::names;
 use crate::network;
 use crate::place::mount;
+use crate::power;
 use crate::root;
+use rustix::fs::Mode;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use rustix::process::Resource;
 use rustix::process::Rlimit;
 use rustix::time::ClockId;
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -110,6 +116,36 @@ pub fn hosted(address: &Address) -> Result<(), AgentError> {
         let serving = Arc::clone(&guest);
         thread::spawn(move || serving.serve(link));
     }
+    guest.accept(&listener);
+    Ok(())
+}
+
+/// Runs as a container's first process. What a guest is set up with, the container has already.
+///
+/// # Errors
+///
+/// What failed.
+pub fn contained() -> Result<(), AgentError> {
+    let taken = |from: std::io::Result<OwnedFd>| from.tried(|| "a socket is missing".into());
+    let listener = taken(std::io::stdin().as_fd().try_clone_to_owned())?;
+    let owner = taken(std::io::stdout().as_fd().try_clone_to_owned())?;
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let null = rustix::fs::open("/dev/null", flags, Mode::empty())
+        .tried(|| "cannot open /dev/null".into())?;
+    rustix::stdio::dup2_stdin(&null).tried(|| "cannot let go of a socket".into())?;
+    rustix::stdio::dup2_stdout(&null).tried(|| "cannot let go of a pipe".into())?;
+    let guest = Arc::new(Guest::contained());
+    start_reaper(&guest)?;
+    // All that runs in the container ends with its first process.
+    let waiting = thread::Builder::new().stack_size(64 << 10);
+    let started = waiting.spawn(move || {
+        while matches!(
+            rustix::io::read(&owner, &mut [0; 64]),
+            Ok(1..) | Err(Errno::INTR)
+        ) {}
+        power::end();
+    });
+    started.tried(|| "cannot watch the owner".into())?;
     guest.accept(&listener);
     Ok(())
 }

@@ -43,6 +43,8 @@ pub(crate) struct Guest {
     connections: AtomicUsize,
     /// The agent is the guest's first process, rather than one of many under test.
     pub(crate) is_init: bool,
+    /// The guest is a container: its end is the agent's.
+    pub(crate) is_contained: bool,
 }
 
 impl Guest {
@@ -51,6 +53,14 @@ impl Guest {
         Self {
             is_init,
             ..Self::default()
+        }
+    }
+
+    /// As a container's first process.
+    pub(crate) fn contained() -> Self {
+        Self {
+            is_contained: true,
+            ..Self::new(true)
         }
     }
 

@@ -40,6 +40,9 @@ pub(crate) fn off(guest: &Guest, reboot: bool, grace_ms: u64) -> Result<(), Agen
         let _none = kill_process_group(Pid::INIT, Signal::KILL);
         guest.reaper.wait_none(KILLED);
     }
+    if guest.is_contained {
+        end();
+    }
     rustix::fs::sync();
     unmount_all();
     let command = if reboot {
@@ -49,6 +52,16 @@ pub(crate) fn off(guest: &Guest, reboot: bool, grace_ms: u64) -> Result<(), Agen
     };
     rustix::system::reboot(command)
         .map_err(|errno| AgentError::errno("the guest's kernel can't turn it off", errno))
+}
+
+/// Ends the agent, and with it the container whose first process it is.
+#[expect(
+    clippy::disallowed_methods,
+    clippy::exit,
+    reason = "threads that serve others go on otherwise, and all that they hold is the kernel's to free"
+)]
+pub(crate) fn end() -> ! {
+    std::process::exit(0)
 }
 
 /// Takes file systems away, last mounted first; what is busy becomes read only.

@@ -17,6 +17,7 @@ mod devices;
 mod error;
 mod hooks;
 mod mounts;
+mod overlay;
 mod paths;
 mod plan;
 mod process;

@@ -21,7 +21,6 @@ use crate::error::Step;
 use crate::paths::Kind;
 use crate::paths::Tree;
 use crate::plan::Mount;
-use crate::plan::Overlay;
 use crate::sys;
 
 const CLONE: OpenTreeFlags = OpenTreeFlags::OPEN_TREE_CLONE.union(OpenTreeFlags::OPEN_TREE_CLOEXEC);
@@ -198,60 +197,8 @@ fn propagate(tree: &Tree, mount: &Mount) -> Result<(), InitError> {
     Ok(())
 }
 
-/// Mounts a union of directories at a path of the host.
-pub(crate) fn overlay(overlay: &Overlay, target: &str) -> Result<(), InitError> {
-    let what = || format!("mount the overlay at {target}");
-    let (mut upper, mut work) = (overlay.upper.clone(), overlay.work.clone());
-    if let Some(options) = &overlay.memory {
-        let data = CString::new(options.as_str()).unwrap_or_default();
-        rustix::mount::mount(
-            "tmpfs",
-            target,
-            "tmpfs",
-            MountFlags::empty(),
-            data.as_c_str(),
-        )
-        .step(what)?;
-        for (name, field) in [("upper", &mut upper), ("work", &mut work)] {
-            let path = format!("{target}/{name}");
-            fs::create_dir(&path).step(what)?;
-            *field = Some(path);
-        }
-        if let (Some(upper), Some(lowest)) = (&upper, overlay.lower.first()) {
-            copy_owner(Path::new(lowest), Path::new(upper)).step(what)?;
-        }
-    }
-    let mut parts = vec![format!("lowerdir={}", escaped(&overlay.lower).join(":"))];
-    if let (Some(upper), Some(work)) = (upper, work) {
-        let [upper, work] =
-            [upper, work].map(|path| path.replace('\\', "\\\\").replace(',', "\\,"));
-        parts.push(format!("upperdir={upper},workdir={work}"));
-    }
-    parts.extend(overlay.options.iter().cloned());
-    let data = CString::new(parts.join(","))
-        .map_err(|_| InitError::Refused("a layer's path holds a zero byte".to_owned()))?;
-    rustix::mount::mount(
-        "overlay",
-        target,
-        "overlay",
-        MountFlags::empty(),
-        data.as_c_str(),
-    )
-    .step(what)
-}
-
-fn escaped(paths: &[String]) -> Vec<String> {
-    paths
-        .iter()
-        .map(|path| {
-            path.replace('\\', "\\\\")
-                .replace(':', "\\:")
-                .replace(',', "\\,")
-        })
-        .collect()
-}
-
-fn copy_owner(from: &Path, to: &Path) -> std::io::Result<()> {
+/// Gives a file another's owner and mode.
+pub(crate) fn copy_owner(from: &Path, to: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::MetadataExt;
     let status = fs::metadata(from)?;
     std::os::unix::fs::chown(to, Some(status.uid()), Some(status.gid()))?;

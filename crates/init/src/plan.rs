@@ -96,6 +96,12 @@ pub(crate) struct Root {
     /// Names and what they point to.
     #[serde(default)]
     pub(crate) links: Vec<(String, String)>,
+    /// Directories to make, with their modes.
+    #[serde(default)]
+    pub(crate) directories: Vec<(String, u32)>,
+    /// Small files to write: path and text.
+    #[serde(default)]
+    pub(crate) files: Vec<(String, String)>,
     #[serde(default)]
     pub(crate) masked: Vec<String>,
     #[serde(default)]
@@ -119,7 +125,8 @@ pub(crate) struct Root {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Overlay {
-    /// Highest first.
+    /// Highest first; none with `memory` is an empty root.
+    #[serde(default)]
     pub(crate) lower: Vec<String>,
     pub(crate) upper: Option<String>,
     pub(crate) work: Option<String>,
@@ -127,6 +134,20 @@ pub(crate) struct Overlay {
     pub(crate) options: Vec<String>,
     /// Keep what is written in memory, in a tmpfs of these options, instead of `upper`.
     pub(crate) memory: Option<String>,
+    /// Directories of the host with a writable layer each, in the same memory.
+    #[serde(default)]
+    pub(crate) parts: Vec<Part>,
+}
+
+/// A directory of the host in the root.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Part {
+    pub(crate) target: String,
+    pub(crate) lower: String,
+    /// Paths below it that the container doesn't see.
+    #[serde(default)]
+    pub(crate) hide: Vec<String>,
 }
 
 /// One mount.

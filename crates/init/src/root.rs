@@ -1,6 +1,8 @@
 //! The container's root: put together before it is entered, while the host's `/proc` is there.
 
 use std::ffi::CString;
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -20,6 +22,8 @@ use crate::error::InitError;
 use crate::error::Step;
 use crate::hooks;
 use crate::mounts;
+use crate::overlay;
+use crate::paths::Kind;
 use crate::paths::Tree;
 use crate::plan::Console;
 use crate::plan::Root;
@@ -43,15 +47,25 @@ pub(crate) fn build(root: &Root) -> Result<Tree, InitError> {
     let propagation = MountPropagationFlags::from_bits_retain(root.propagation);
     rustix::mount::mount_change("/", propagation)
         .step(|| "set the mounts' propagation".to_owned())?;
-    match &root.overlay {
-        Some(overlay) => mounts::overlay(overlay, &root.path)?,
-        None => bind_to_itself(&root.path)?,
-    }
+    let memory = match &root.overlay {
+        Some(overlay) => overlay::mount_root(overlay, &root.path)?,
+        None => bind_to_itself(&root.path).map(|()| None)?,
+    };
     // pivot_root refuses a root whose mount, or whose parent mount, is shared.
     if propagation.contains(MountPropagationFlags::SHARED) {
         make_parent_private(&root.path)?;
     }
     let tree = Tree::open(&root.path)?;
+    if let (Some(overlay), Some(memory)) = (&root.overlay, &memory) {
+        for (number, part) in overlay.parts.iter().enumerate() {
+            overlay::mount_part(&tree, memory, number, part, &overlay.options)?;
+        }
+    }
+    drop(memory);
+    for (path, mode) in &root.directories {
+        let made = tree.make(path, Kind::Directory)?;
+        chmod(&made, *mode).step(|| format!("set the mode of {path}"))?;
+    }
     for mount in &root.mounts {
         mounts::put(&tree, mount)?;
     }
@@ -61,7 +75,29 @@ pub(crate) fn build(root: &Root) -> Result<Tree, InitError> {
     for (name, points_to) in &root.links {
         devices::link(&tree, name, points_to)?;
     }
+    for (path, text) in &root.files {
+        write(&tree, path, text)?;
+    }
     Ok(tree)
+}
+
+fn chmod(handle: &OwnedFd, mode: u32) -> Result<(), Errno> {
+    // A handle can't be changed itself, and the path is that of the host's /proc.
+    rustix::fs::chmod(
+        Tree::name(handle.as_fd()).as_str(),
+        Mode::from_raw_mode(mode),
+    )
+}
+
+fn write(tree: &Tree, path: &str, text: &str) -> Result<(), InitError> {
+    let what = || format!("write {path} in the container");
+    tree.make(path, Kind::File)?;
+    let flags = OFlags::WRONLY | OFlags::TRUNC | OFlags::NOFOLLOW;
+    let mut file = tree
+        .resolve(Path::new(path), flags)
+        .map(File::from)
+        .step(what)?;
+    file.write_all(text.as_bytes()).step(what)
 }
 
 fn bind_to_itself(path: &str) -> Result<(), InitError> {

@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.container.fields import Fields
 
-__all__ = ["Maps"]
+__all__ = ["Maps", "own_maps"]
 
 # Inside, outside, count.
 Map = tuple[int, int, int]
@@ -53,6 +53,11 @@ class Maps:
         """Whether processes inside may set their groups: not with a single map made by a user."""
         return os.geteuid() == 0 or not self._single(self.groups, os.getegid())
 
+    @property
+    def many(self) -> bool:
+        """Whether there are other users inside than the one who made it."""
+        return sum(count for _inside, _outside, count in self.users) > 1
+
     @staticmethod
     def _single(maps: list[Map], own: int) -> bool:
         return len(maps) == 1 and maps[0][1:] == (own, 1)
@@ -92,3 +97,34 @@ class Maps:
             message = f"{helper} refused the map {' '.join(numbers)} (exit status {status})"
             hint = "look at /etc/subuid and /etc/subgid: the ranges must be given to this user"
             raise HostError(message, hint=hint)
+
+
+def own_maps() -> Maps:
+    """This user as root inside, with the subordinate IDs that the host has given to it, if any."""
+    helpers = all(
+        any(os.access(f"{folder}/{name}", os.X_OK) for folder in os.get_exec_path())
+        for name in ("newuidmap", "newgidmap")
+    )
+    maps = [[(0, os.geteuid(), 1)], [(0, os.getegid(), 1)]]
+    if helpers:
+        for index, path in enumerate(("/etc/subuid", "/etc/subgid")):
+            given = _subordinate(path)
+            if given is not None:
+                maps[index].append((1, *given))
+    if len(maps[0]) != len(maps[1]):
+        maps = [own[:1] for own in maps]
+    return Maps(maps[0], maps[1])
+
+
+def _subordinate(path: str) -> tuple[int, int] | None:
+    import contextlib
+    import pwd
+
+    names = {str(os.geteuid())}
+    with contextlib.suppress(KeyError):
+        names.add(pwd.getpwuid(os.geteuid()).pw_name)
+    for line in files.read(path).splitlines():
+        fields = line.split(":")
+        if len(fields) == 3 and fields[0] in names and fields[1].isdigit() and fields[2].isdigit():
+            return int(fields[1]), int(fields[2])
+    return None

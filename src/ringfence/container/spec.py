@@ -16,9 +16,18 @@ from ringfence.errors import ConfigError, NotFoundError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from ringfence.container.cgroups.group import Group
 
-__all__ = ["Bundle", "compile_process", "namespace_paths"]
+__all__ = [
+    "Bundle",
+    "compile_process",
+    "device_links",
+    "device_nodes",
+    "mount_table",
+    "namespace_paths",
+]
 
 _MAX_LIMIT = 2**64 - 1
 _CHARACTER, _BLOCK, _FIFO = 0o020000, 0o060000, 0o010000
@@ -129,7 +138,7 @@ class Bundle:
         device_tree_bound = False
         for mount in self.config.tables("mounts"):
             if mount.text("type") == "cgroup":
-                compiled += self._cgroup_mounts(mount, group, links)
+                compiled += _cgroup_mounts(mount, group, links, self.namespaces)
                 continue
             entry = mounts.compile_mount(mount, self.path)
             bound = "filesystem" not in entry
@@ -143,66 +152,16 @@ class Bundle:
             "propagation": flags.PROPAGATION[propagation] | 0x4000,
             "mounts": compiled,
             "devices": [] if device_tree_bound else self._devices(),
-            "links": [*links, *([] if device_tree_bound else _device_links())],
+            "links": [*links, *([] if device_tree_bound else device_links())],
             "masked": self.linux.texts("maskedPaths"),
             "read_only_paths": self.linux.texts("readonlyPaths"),
             "read_only": self.config.table("root").flag("readonly"),
             "label": f'context="{label}"' if label else None,
         }
 
-    def _cgroup_mounts(
-        self, mount: Fields, group: Group | None, links: list[tuple[str, str]]
-    ) -> list[dict[str, object]]:
-        """The container's own cgroups at one place, in the shape that programs expect there."""
-        target = mount.text("destination")
-        options = mounts.split_options(mount.texts("options"))
-        read_only = options.flags & 1
-        if group is None or not group.directories:
-            return []
-        if group.unified:
-            if "cgroup" in self.namespaces:
-                return [
-                    {
-                        "target": target,
-                        "filesystem": "cgroup2",
-                        "source": "cgroup",
-                        "flags": options.flags,
-                    }
-                ]
-            path = group.directories[0][1]
-            return [_bind(path, target, options.flags & 0xF)]
-        result: list[dict[str, object]] = [
-            {
-                "target": target,
-                "filesystem": "tmpfs",
-                "source": "tmpfs",
-                "flags": options.flags & ~1,
-                "data": "mode=755",
-            }
-        ]
-        for names, path, version in group.directories:
-            folder = "unified" if version == 2 else ",".join(names).removeprefix("name=")
-            result.append(_bind(path, f"{target}/{folder}", options.flags & 0xF))
-            if version == 1 and len(names) > 1:
-                links += [(f"{target}/{name}", folder) for name in names]
-        if read_only and not links:
-            # MS_REMOUNT and MS_BIND: this mount of the file system, not the file system.
-            result.append(
-                {
-                    "target": target,
-                    "filesystem": "tmpfs",
-                    "source": "tmpfs",
-                    "flags": (options.flags & 0xF) | 32 | 4096,
-                }
-            )
-        return result
-
     def _devices(self) -> list[dict[str, object]]:
         bind = self.makes_users or bool(self.namespaces.get("user"))
-        nodes: dict[str, dict[str, object]] = {
-            path: _node(path, _CHARACTER | 0o666, (major, minor), (0, 0), bind=bind)
-            for path, major, minor in devices.DEFAULT_NODES
-        }
+        nodes = {str(node["path"]): node for node in device_nodes(bind=bind)}
         for entry in self.linux.tables("devices"):
             path, kind = entry.text("path"), entry.text("type")
             if kind not in _TYPES or not path.startswith("/"):
@@ -213,6 +172,82 @@ class Bundle:
             owner = entry.integer("uid"), entry.integer("gid")
             nodes[path] = _node(path, mode, numbers, owner, bind=bind)
         return list(nodes.values())
+
+
+def _cgroup_mounts(
+    mount: Fields, group: Group | None, links: list[tuple[str, str]], kinds: Container[str]
+) -> list[dict[str, object]]:
+    """The container's own cgroups at one place, in the shape that programs expect there."""
+    target = mount.text("destination")
+    options = mounts.split_options(mount.texts("options"))
+    read_only = options.flags & 1
+    if group is None or not group.directories:
+        return []
+    if group.unified:
+        if "cgroup" in kinds:
+            return [
+                {
+                    "target": target,
+                    "filesystem": "cgroup2",
+                    "source": "cgroup",
+                    "flags": options.flags,
+                }
+            ]
+        path = group.directories[0][1]
+        return [_bind(path, target, options.flags & 0xF)]
+    result: list[dict[str, object]] = [
+        {
+            "target": target,
+            "filesystem": "tmpfs",
+            "source": "tmpfs",
+            "flags": options.flags & ~1,
+            "data": "mode=755",
+        }
+    ]
+    for names, path, version in group.directories:
+        folder = "unified" if version == 2 else ",".join(names).removeprefix("name=")
+        result.append(_bind(path, f"{target}/{folder}", options.flags & 0xF))
+        if version == 1 and len(names) > 1:
+            links += [(f"{target}/{name}", folder) for name in names]
+    if read_only and not links:
+        # MS_REMOUNT and MS_BIND: this mount of the file system, not the file system.
+        result.append(
+            {
+                "target": target,
+                "filesystem": "tmpfs",
+                "source": "tmpfs",
+                "flags": (options.flags & 0xF) | 32 | 4096,
+            }
+        )
+    return result
+
+
+def mount_table(
+    table: list[dict[str, object]], group: Group, kinds: Container[str]
+) -> list[dict[str, object]]:
+    """Mounts of a configuration as a plan's.
+
+    Args:
+        table: As a configuration's ``mounts``.
+        group: The container's cgroups.
+        kinds: Its own namespaces.
+    """
+    compiled: list[dict[str, object]] = []
+    for values in table:
+        mount = Fields(values, "mounts")
+        if mount.text("type") == "cgroup":
+            compiled += _cgroup_mounts(mount, group, [], kinds)
+        else:
+            compiled.append(mounts.compile_mount(mount, "/"))
+    return compiled
+
+
+def device_nodes(*, bind: bool) -> list[dict[str, object]]:
+    """The devices that every container has."""
+    return [
+        _node(path, _CHARACTER | 0o666, (major, minor), (0, 0), bind=bind)
+        for path, major, minor in devices.DEFAULT_NODES
+    ]
 
 
 def _node(
@@ -240,7 +275,8 @@ def _labelled(entry: dict[str, object], label: str) -> dict[str, object]:
     return {**entry, "data": f"{entry['data']},{data}" if entry.get("data") else data}
 
 
-def _device_links() -> list[tuple[str, str]]:
+def device_links() -> list[tuple[str, str]]:
+    """The links of ``/dev``."""
     links = list(_LINKS)
     if os.path.exists("/proc/kcore"):
         links.append(("/dev/core", "/proc/kcore"))

@@ -1,0 +1,371 @@
+"""Machines as containers: the host's kernel, namespaces of their own, the same agent as in a VM.
+
+The agent is the container's first process. It serves a socket that the host made and that has no
+path inside, so that commands, files and streams are the same as those of virtual machines.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import select
+import threading
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
+
+from ringfence import _binaries
+from ringfence.container import capabilities, default_profile, host_tree, init_program, seccomp
+from ringfence.container.cgroups import devices, layout, stats
+from ringfence.container.cgroups.group import Group
+from ringfence.container.fields import Fields
+from ringfence.container.identity import Maps, own_maps
+from ringfence.container.launch import Launch
+from ringfence.container.oci import template
+from ringfence.container.spec import device_links, device_nodes, mount_table
+from ringfence.errors import HostError, StateError, UnsupportedError
+from ringfence.guest.agent import Agent
+from ringfence.machine import check, sockets
+from ringfence.machine.driver import Ending, RunningInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ringfence.container.launch import Plan
+    from ringfence.machine.driver import AgentLike, Driver, Place
+    from ringfence.machine.phases import Phases
+    from ringfence.machine.spec import MachineSpec
+    from ringfence.network import Attachment
+
+__all__ = ["ContainerDriver", "ContainerMachine", "driver"]
+
+_SOCKET = "agent"
+_PIDS = 4096
+_KINDS = ("mount", "pid", "network", "uts", "ipc", "cgroup")
+_NOBODY_S = 10.0
+_CPU_PERIOD_US = 100_000
+# Open files, soft and hard: what service managers give.
+_FILES = (1024, 1 << 19)
+
+
+def driver() -> Driver:
+    """The driver of the engine ``container``."""
+    return ContainerDriver()
+
+
+class ContainerDriver:
+    """Starts containers."""
+
+    def start(self, spec: MachineSpec, place: Place, phases: Phases) -> ContainerMachine:
+        """Starts a container and waits until its agent runs.
+
+        Raises:
+            RingfenceError: See :meth:`ringfence.machine.driver.Driver.start`.
+        """
+        with phases.measure("check"):
+            _refuse(spec)
+            check.check_host(spec)
+        with ExitStack() as stack, phases.measure("container"):
+            machine = _launch(spec, place, stack)
+            machine.own(stack.pop_all())
+        return machine
+
+    def attach(self, place: Place) -> AgentLike:
+        """Reaches a container that another process started.
+
+        Raises:
+            StateError: It doesn't answer.
+        """
+        path = place.sockets / _SOCKET
+        if not path.exists():
+            message = f"the machine {place.name} is not running"
+            raise StateError(message, hint=f"ringfence inspect {place.name} says how it ended")
+        return Agent.attach(lambda: sockets.connect(path))
+
+
+class ContainerMachine:
+    """A machine in a container.
+
+    Args:
+        pid: Its first process, a child of this one.
+        agent: Runs commands in it.
+        group: Its control groups.
+        place: Where its files are.
+    """
+
+    def __init__(self, pid: int, agent: Agent, group: Group, place: Place) -> None:
+        self._pid = pid
+        self._handle = os.pidfd_open(pid)
+        self._agent = agent
+        self._group = group
+        self._place = place
+        self._resources = ExitStack()
+        self._lock = threading.Lock()
+        self._killed = False
+        self._ending: Ending | None = None
+
+    def own(self, resources: ExitStack) -> None:
+        """Takes over what is to be let go of with it."""
+        self._resources = resources
+
+    @property
+    def agent(self) -> AgentLike:
+        """Runs commands in it."""
+        return self._agent
+
+    @property
+    def info(self) -> RunningInfo:
+        """What is known of it."""
+        return RunningInfo(engine="container", pid=self._pid, kernel=os.uname().release)
+
+    def pause(self) -> None:
+        """Stops every process where it is."""
+        self._group.freeze(frozen=True)
+
+    def resume(self) -> None:
+        """Lets them go on."""
+        self._group.freeze(frozen=False)
+
+    def kill(self) -> None:
+        """Ends it at once, with all that runs in it."""
+        with self._lock:
+            if self._ending is not None:
+                return
+            self._killed = True
+            with suppress(ProcessLookupError):
+                # The kernel kills what is in the namespace with its first process.
+                os.kill(self._pid, 9)
+            if self._group.frozen():
+                self._group.freeze(frozen=False)
+
+    def wait(self, timeout_s: float | None = None) -> Ending | None:
+        """How it ended; None when it still runs after that time."""
+        if self._ending is not None:
+            return self._ending
+        poll = select.poll()
+        poll.register(self._handle, select.POLLIN)
+        if not poll.poll(None if timeout_s is None else max(0, int(timeout_s * 1000))):
+            return None
+        with self._lock:
+            if self._ending is None:
+                self._ending = self._end_of(os.waitpid(self._pid, 0)[1])
+        return self._ending
+
+    def _end_of(self, status: int) -> Ending:
+        code = os.waitstatus_to_exitcode(status)
+        if self._killed:
+            return Ending(reason="killed", message="it was killed")
+        if code == 0:
+            return Ending(reason="poweroff", message="the container turned itself off")
+        if stats.oom_kills(self._group):
+            message = "the container ran out of memory, and the kernel killed its agent"
+            return Ending(reason="crash", message=message, detail=self._last_words())
+        how = f"signal {-code}" if code < 0 else f"status {code}"
+        message = f"the container's agent ended by {how}"
+        return Ending(reason="crash", message=message, detail=self._last_words())
+
+    def _last_words(self) -> str:
+        with suppress(OSError):
+            return (self._place.folder / "console.log").read_text(errors="replace")[-4096:]
+        return ""
+
+    def stats(self, *, engine_counters: bool = False) -> Mapping[str, object]:  # noqa: ARG002 - has none
+        """What its control groups count."""
+        return {**stats.collect(self._group), "oom_kills": stats.oom_kills(self._group)}
+
+    def inspect(self) -> Mapping[str, object]:
+        """What it is made of."""
+        return {
+            "pid": self._pid,
+            "namespaces": {
+                name: os.readlink(f"/proc/{self._pid}/ns/{name}")
+                for name in os.listdir(f"/proc/{self._pid}/ns")
+            },
+            "cgroups": [path for _names, path, _version in self._group.directories],
+        }
+
+    def close(self) -> None:
+        """Ends it if it still runs, and leaves nothing behind."""
+        if self._handle < 0:
+            return
+        self.kill()
+        self.wait(_NOBODY_S)
+        self._agent.close()
+        self._resources.close()
+        os.close(self._handle)
+        self._handle = -1
+
+
+def _refuse(spec: MachineSpec) -> None:
+    if spec.kernel is not None:
+        message = "a container has the host's kernel, so it can't be given one"
+        raise UnsupportedError(message, hint="use --engine auto")
+
+
+def _group(place: Place) -> Group:
+    hierarchies = layout.detect()
+    # Below a group that has processes, version 2 gives no controllers.
+    top = "/ringfence" if hierarchies.unified and os.geteuid() == 0 else "ringfence"
+    path = f"{top}/{place.machine_id}"
+    return Group.plan(path, rootless=os.geteuid() != 0, layout=hierarchies)
+
+
+def _limit(group: Group, spec: MachineSpec) -> None:
+    size = spec.memory_mib << 20
+    document = {
+        # Swap would be the host's: none of it, as in a VM.
+        "memory": {"limit": size},
+        "cpu": {"quota": spec.vcpus * _CPU_PERIOD_US, "period": _CPU_PERIOD_US},
+        "pids": {"limit": _PIDS},
+    }
+    try:
+        group.limit(Fields(document))
+    except (UnsupportedError, HostError):
+        if not group.rootless:
+            raise
+        # Without delegation a user's machine has the user's own limits.
+    place = group.directory("devices")
+    if place is not None and not group.rootless:
+        devices.allow_first_version(place, devices.rules(Fields(_NO_DEVICES)))
+
+
+_NO_DEVICES = {"devices": [{"allow": False, "access": "rwm"}]}
+
+
+@functools.cache
+def _filter() -> dict[str, object]:
+    return seccomp.compile_filter(Fields(default_profile.profile()))
+
+
+def _remove_group(group: Group) -> None:
+    if group.processes():
+        group.kill()
+    group.remove()
+    for _names, path, _version in group.directories:
+        # The directory above is shared: it stays while others are in it.
+        with suppress(OSError):
+            os.rmdir(os.path.dirname(path))
+
+
+def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachine:
+    maps = own_maps() if os.geteuid() != 0 else None
+    group = _group(place)
+    stack.callback(_remove_group, group)
+    group.make()
+    _limit(group, spec)
+    attachment = _attach(spec, place, stack)
+    program = init_program.sealed_copy(str(_binaries.find("ringfence-agent")))
+    stack.callback(os.close, program)
+    plan = _plan(spec, place, stack, group, maps)
+    process = plan["process"]
+    if isinstance(process, dict):
+        process["program"] = program
+    path = place.sockets / _SOCKET
+    listener = sockets.listen(path)
+    stack.callback(path.unlink, missing_ok=True)
+    ours, theirs = os.pipe2(os.O_CLOEXEC)
+    # Its write end is this process's life: the container ends when it is closed.
+    stack.callback(os.close, theirs)
+    log = os.open(place.folder / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        launch = Launch(plan, [program], (listener.fileno(), ours, log))
+    finally:
+        os.close(ours)
+        os.close(log)
+        listener.close()
+    stack.callback(launch.close)
+    try:
+        _follow(launch, maps, attachment)
+    except BaseException:
+        launch.reap()
+        raise
+    agent = Agent.attach(lambda: sockets.connect(path))
+    return ContainerMachine(launch.pid, agent, group, place)
+
+
+def _follow(launch: Launch, maps: Maps | None, attachment: Attachment | None) -> None:
+    def write_maps() -> str:
+        if maps is not None:
+            maps.write(launch.stage)
+        return ""
+
+    def register() -> str:
+        if attachment is not None:
+            attachment.enter(launch.pid)
+        return ""
+
+    launch.follow({"map": write_maps, "register": register}, until_ready=False)
+
+
+def _file_limit() -> tuple[int, int, int]:
+    """The limit of open files; not more than this process has, since raising takes a privilege."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = _FILES[1] if hard < 0 else min(hard, _FILES[1])
+    return resource.RLIMIT_NOFILE, min(_FILES[0], most), most
+
+
+def _attach(spec: MachineSpec, place: Place, stack: ExitStack) -> Attachment | None:
+    if spec.network == "none":
+        return None
+    from ringfence.machine import network_plan
+    from ringfence.network import attach
+
+    options = network_plan.attach_options(spec, place.name)
+    attachment = stack.enter_context(attach(spec.network, place.machine_id, "container", options))
+    if attachment.netns_plan is None:
+        message = f"containers can't be attached to the network {spec.network!r} yet"
+        raise UnsupportedError(message, hint="use --network none, or --engine auto")
+    return attachment
+
+
+def _plan(
+    spec: MachineSpec, place: Place, stack: ExitStack, group: Group, maps: Maps | None
+) -> Plan:
+    from ringfence.container import flags
+
+    kinds = [*_KINDS, "user"] if maps is not None else list(_KINDS)
+    root = host_tree.root_plan(spec, place, stack, own_users=maps is not None)
+    standard = mount_table(
+        template.mounts(rootless=maps is not None and not maps.many), group, kinds
+    )
+    links = root.get("links")
+    root.update(
+        propagation=flags.PROPAGATION["rslave"],
+        mounts=[*standard, *host_tree.mount_plan(spec.mounts)],
+        devices=device_nodes(bind=maps is not None),
+        links=[*(links if isinstance(links, list) else []), *device_links()],
+        masked=list(template.MASKED),
+        read_only_paths=list(template.READ_ONLY),
+    )
+    caps = capabilities.mask(capabilities.DEFAULT)
+    new = sum(flags.NAMESPACES[kind] for kind in kinds if kind != "cgroup")
+    return {
+        "unshare": new,
+        "map_ids": maps is not None,
+        "become_root": maps is not None,
+        "cgroup_namespace": True,
+        "loopback": True,
+        "hostname": host_tree.hostname(spec, place),
+        "keyring": f"ringfence-{place.machine_id}",
+        "root": root,
+        "process": {
+            "args": ["ringfence-agent", "--contained"],
+            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+            "cwd": "/",
+            "uid": 0,
+            "gid": 0,
+            "groups": [] if maps is None or maps.sets_groups else None,
+            "umask": 0o022,
+            "capabilities": {
+                "bounding": caps,
+                "effective": caps,
+                "permitted": caps,
+                "inheritable": 0,
+                "ambient": 0,
+            },
+            "no_new_privileges": True,
+            "limits": [_file_limit()],
+            "seccomp": _filter(),
+        },
+        **group.entrance(),
+    }

@@ -1,0 +1,160 @@
+"""A machine's root file system, mounts and files as the plan of its container."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ringfence.errors import ConfigError, UnsupportedError
+from ringfence.machine import host_root
+from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+    from pathlib import Path
+
+    from ringfence.machine.driver import Place
+    from ringfence.machine.spec import MachineSpec, Mount
+
+__all__ = ["hostname", "mount_plan", "root_plan"]
+
+_PROGRAMS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+_EMPTY = (
+    "home", "media", "mnt", "opt", "root", "run", "srv",
+    "var/cache", "var/lib", "var/log", "var/spool",
+)  # fmt: skip
+_OPEN = ("tmp", "var/tmp")
+# MOUNT_ATTR_*: read only, no setuid, no devices.
+_READ_ONLY, _VOLUME = 1, 2 | 4
+_MASKED = 0o1777
+
+
+def root_plan(
+    spec: MachineSpec, place: Place, stack: ExitStack, *, own_users: bool
+) -> dict[str, object]:
+    """The root's part of the plan: what it is made of, not yet what every container has.
+
+    Args:
+        spec: The machine.
+        place: Where its empty directory for the root is made.
+        stack: Gets what is to be let go of with the machine.
+        own_users: The container has a user namespace: overlays keep their notes in user xattrs.
+
+    Raises:
+        UnsupportedError: A container can't have such a root.
+    """
+    path = place.folder / "root"
+    path.mkdir(exist_ok=True)
+    plan: dict[str, object] = {"path": str(path), "files": _files(spec, place)}
+    overlay: dict[str, object] = {
+        # Pages of it count as the container's memory, which has a limit of its own.
+        "memory": "mode=755",
+        "options": ["userxattr"] if own_users else [],
+    }
+    match spec.root:
+        case HostRoot():
+            overlay["parts"] = _host_parts()
+            plan["links"] = [("/etc/mtab", "../proc/self/mounts"), ("/var/run", "/run"), *_links()]
+            plan["directories"] = [(f"/{name}", 0o755) for name in _EMPTY]
+            plan["files"] = [*_accounts(), *_files(spec, place)]
+        case DirectoryRoot() if spec.root.writable:
+            return {**plan, "path": str(spec.root.path.resolve()), "files": []}
+        case DirectoryRoot():
+            overlay["lower"] = [str(spec.root.path.resolve())]
+        case ImageRoot():
+            overlay["lower"] = _layers(spec.root, stack)
+        case DiskRoot():
+            message = "a container has no disk: only a machine with a kernel of its own has"
+            raise UnsupportedError(message, hint="use --engine auto")
+    plan["overlay"] = overlay
+    plan["directories"] = [*_listed(plan.get("directories")), *((f"/{n}", _MASKED) for n in _OPEN)]
+    return plan
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _host_parts() -> list[dict[str, object]]:
+    from pathlib import Path
+
+    parts: list[dict[str, object]] = [{"target": "/usr", "lower": "/usr", "hide": _private_usr()}]
+    for name in _PROGRAMS:
+        path = f"/{name}"
+        if not os.path.islink(path) and os.path.isdir(path):
+            parts.append({"target": path, "lower": path})
+    hidden = sorted(host_root.hidden_in_etc(Path("/etc")))
+    parts.append({"target": "/etc", "lower": "/etc", "hide": hidden})
+    return parts
+
+
+def _private_usr() -> list[str]:
+    hidden = ["local/etc"] if os.path.isdir("/usr/local/etc") else []
+    with os.scandir("/usr") as found:
+        for entry in found:
+            needed = 0o5 if entry.is_dir() else 0o4
+            if entry.stat(follow_symlinks=False).st_mode & needed != needed:
+                hidden.append(entry.name)
+    return hidden
+
+
+def _links() -> list[tuple[str, str]]:
+    found = []
+    for name in _PROGRAMS:
+        path = f"/{name}"
+        if os.path.islink(path):
+            found.append((path, os.readlink(path)))
+    return found
+
+
+def _accounts() -> list[tuple[str, str]]:
+    return [
+        ("/etc/passwd", "".join(host_root.passwd_lines())),
+        ("/etc/group", "".join(host_root.group_lines())),
+        ("/etc/machine-id", ""),
+    ]
+
+
+def hostname(spec: MachineSpec, place: Place) -> str:
+    """What the machine calls itself."""
+    return spec.hostname or place.name.replace("_", "-").replace(".", "-")[:63]
+
+
+def _files(spec: MachineSpec, place: Place) -> list[tuple[str, str]]:
+    name = hostname(spec, place)
+    lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost", f"127.0.1.1 {name}"]
+    lines += [f"{address} {host}" for host, address in spec.hosts.items()]
+    return [("/etc/hostname", f"{name}\n"), ("/etc/hosts", "\n".join(lines) + "\n")]
+
+
+def _layers(root: ImageRoot, stack: ExitStack) -> list[str]:
+    from ringfence.image import Store
+
+    store = Store()
+    image = store.get(root.reference)
+    tree = stack.enter_context(store.rootfs(image))
+    return [str(path) for path in reversed(tree.layers)]
+
+
+def mount_plan(mounts: tuple[Mount, ...]) -> list[dict[str, object]]:
+    """What of the host the container sees besides: no setuid programs and no devices in it.
+
+    Raises:
+        ConfigError: A source is neither a file nor a directory.
+    """
+    found: list[dict[str, object]] = []
+    for mount in mounts:
+        source: Path = mount.source.resolve()
+        if not (source.is_dir() or source.is_file()):
+            message = f"{source} can't be mounted: it is neither a directory nor a file"
+            raise ConfigError(message)
+        attributes = _VOLUME | (_READ_ONLY if mount.read_only else 0)
+        found.append(
+            {
+                "target": str(mount.target),
+                "source": str(source),
+                "recursive": True,
+                "set_below": attributes,
+            }
+        )
+    return found

@@ -1,0 +1,139 @@
+"""Machines of the engine ``container``: what a user does with them."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import time
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+import ringfence
+from ringfence.errors import GuestTimeout, UnsupportedError
+from tests.framework.bundles import left_behind, make_root
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root for control groups"),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGFENCE_HOME", str(tmp_path / "home"))
+
+
+def test_a_command_sees_the_hosts_programs_and_none_of_its_secrets() -> None:
+    script = (
+        "id -u; cat /proc/1/cmdline | tr '\\0' ' '; cat /etc/shadow; ls /home /root; touch /usr/x"
+    )
+
+    with ringfence.Machine(engine="container") as machine:
+        done = machine.run(["sh", "-c", script])
+        name = machine.id
+
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[:2] == ["0", "ringfence-agent --contained /home:"]
+    assert "/etc/shadow: No such file" in done.stderr
+    assert not Path("/usr/x").exists()
+    assert left_behind(name) == []
+
+
+def test_a_directory_is_the_root_and_stays_as_it_is(tmp_path: Path) -> None:
+    root = make_root(tmp_path / "root")
+    before = sorted(path.name for path in root.rglob("*"))
+
+    with ringfence.Machine(engine="container", root=root) as machine:
+        done = machine.run(["sh", "-c", "echo x > /new; ls /; id -u"])
+
+    assert "new" in done.stdout.splitlines()
+    assert sorted(path.name for path in root.rglob("*")) == before
+
+
+def test_a_mount_is_shared_and_holds_no_setuid_programs(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "in").write_text("from the host")
+    mount = ringfence.Mount(source=shared, target=PurePosixPath("/data"), read_only=False)
+
+    with ringfence.Machine(engine="container", mounts=[mount]) as machine:
+        done = machine.run(
+            ["sh", "-c", "cat /data/in; echo back > /data/out; grep /data /proc/mounts"]
+        )
+
+    assert done.stdout.startswith("from the host")
+    assert "nosuid,nodev" in done.stdout
+    assert (shared / "out").read_text() == "back\n"
+
+
+def test_files_and_archives_go_both_ways() -> None:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        entry = tarfile.TarInfo("a/b")
+        entry.size = 2
+        tar.addfile(entry, io.BytesIO(b"ok"))
+
+    with ringfence.Machine(engine="container") as machine:
+        machine.files.write("/tmp/x", b"\x00\xff")
+        machine.files.mkdir("/tmp/t")
+        machine.files.tar_in("/tmp/t", [archive.getvalue()])
+        back = machine.files.read("/tmp/t/a/b")
+        data = machine.files.read("/tmp/x")
+
+    assert (back, data) == (b"ok", b"\x00\xff")
+
+
+def test_a_command_that_takes_too_long_is_killed() -> None:
+    with ringfence.Machine(engine="container") as machine:
+        start = time.monotonic()
+        with pytest.raises(GuestTimeout):
+            machine.run(["sleep", "60"], timeout_s=0.3)
+        again = machine.run(["echo", "still here"])
+
+    assert time.monotonic() - start < 5
+    assert again.stdout == "still here\n"
+
+
+def test_pause_holds_every_process() -> None:
+    with ringfence.Machine(engine="container") as machine:
+        machine.run(
+            ["sh", "-c", "(while :; do echo x >> /tmp/log; sleep 0.01; done) > /dev/null 2>&1 &"]
+        )
+        machine.pause()
+        machine.resume()
+        first = len(machine.files.read("/tmp/log"))
+        time.sleep(0.2)
+        second = len(machine.files.read("/tmp/log"))
+
+    assert second > first
+
+
+def test_memory_is_limited() -> None:
+    with ringfence.Machine(engine="container", memory="64M") as machine:
+        hog = machine.run(["python3", "-c", "b = bytearray(200 << 20); print(len(b))"])
+        fine = machine.run(["echo", "alive"])
+
+    assert hog.exit_code == 137
+    assert fine.stdout == "alive\n"
+
+
+def test_what_containers_lack_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="host's kernel"):
+        ringfence.Machine(engine="container", kernel="6.1").start()
+
+
+def test_nothing_is_left_of_many(tmp_path: Path) -> None:
+    mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+
+    names = []
+    for _number in range(20):
+        with ringfence.Machine(engine="container") as machine:
+            names.append(machine.id)
+            machine.run(["true"])
+
+    assert [found for name in names for found in left_behind(name)] == []
+    assert len(Path("/proc/self/mountinfo").read_text().splitlines()) == mounts
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 1
