@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import boot, bt, results, vm
+from benchmarks import boot, bt, images, results, vm
 
-SUITES = ("boot", "vm", "bt")
+SUITES = ("boot", "vm", "bt", "images")
 
 
 def main() -> int:
@@ -38,6 +38,8 @@ def main() -> int:
             suites += vm.run(rounds, engine=options.engine, log=sys.stderr.write)
         if name == "bt":
             suites += bt.run(rounds, whole=not options.quick, log=sys.stderr.write)
+        if name == "images":
+            suites += images.run(rounds, log=sys.stderr.write)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     out = options.out or results.REPOSITORY / "benchmarks" / "results" / f"{stamp}.json"
     results.write(out, suites)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     Verb = Callable[[Store, argparse.Namespace], int]
 
 
+_UNPACK = "unpack the layers now, not when a machine needs them"
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -32,6 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     importing = add("import", "take images from an OCI layout or a docker-archive")
     importing.add_argument("source", metavar="PATH", help="a directory or a tar; - is the input")
     importing.add_argument("--name", metavar="IMAGE", help="what to call it")
+    importing.add_argument("--unpack", action="store_true", help=_UNPACK)
     exporting = add("export", "write images to a file or directory")
     exporting.add_argument("images", nargs="+", metavar="IMAGE")
     exporting.add_argument(
@@ -66,6 +70,7 @@ def _configure_transfer(add: Callable[[str, str], argparse.ArgumentParser]) -> N
     plain = "speak to the registry without encryption"
     pulling = add("pull", "fetch an image from its registry")
     pulling.add_argument("images", nargs="+", metavar="IMAGE")
+    pulling.add_argument("--unpack", action="store_true", help=_UNPACK)
     pulling.add_argument("--platform", type=Platform.parse, help="linux/amd64, linux/arm64, ...")
     pushing = add("push", "send an image to a registry")
     pushing.add_argument("image", metavar="IMAGE")
@@ -136,6 +141,8 @@ def _pull(store: Store, args: argparse.Namespace) -> int:
                 plain_http=args.plain_http,
                 progress=bars,
             )
+        if args.unpack:
+            store.rootfs(image).close()
         if not args.quiet:
             print(f"{image_show.familiar(image.name)}: {bars.summary()}", file=sys.stderr)
         print(image.target.digest)
@@ -180,6 +187,8 @@ def _import(store: Store, args: argparse.Namespace) -> int:
 
     source = sys.stdin.buffer if args.source == "-" else Path(args.source)
     for tag in import_images(store, source, args.name):
+        if args.unpack:
+            store.rootfs(store.load(tag.target, tag.name)).close()
         print(tag.name if tag.dangling else image_show.familiar(tag.name))
     return 0
 
