@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PYTHON_SOURCES := $(shell find src -name '*.py' -o -name '*.pyi')
-RUST_SOURCES := $(shell find crates fuzz/harness -name '*.rs' -o -name Cargo.toml -o -name '*.S' -o -name '*.bin') \
+RUST_SOURCES := $(shell find crates fuzz/differential fuzz/harness -name '*.rs' -o -name Cargo.toml -o -name '*.S' -o -name '*.bin') \
 	Cargo.toml Cargo.lock
 
 .DEFAULT_GOAL := help

@@ -201,7 +201,12 @@ impl Session {
                     instruction.mnemonic(),
                     Mnemonic::Ret | Mnemonic::Call | Mnemonic::Jmp
                 );
-                !is_comparable(&instruction) || (state.trap == GENERAL_PROTECTION && transfers)
+                // Parts of an 80-bit operand wrap at 4 GiB by themselves.
+                let wraps =
+                    instruction.memory_base().is_gpr32() && instruction.memory_size().size() == 10;
+                !is_comparable(&instruction)
+                    || (state.trap == GENERAL_PROTECTION && transfers)
+                    || (state.trap == PAGE_FAULT && wraps)
             });
             last || state.trap == SYSTEM_CALL || changed(case)
         };

@@ -200,7 +200,7 @@ impl Core {
 
     /// The segment of a memory operand. 64-bit code has no prefixes for ES, CS, SS and DS: there
     /// the base register chooses between SS and DS (SDM 1 §3.7.4; APM 2 §4.5.3).
-    fn operand_segment(&self, instruction: &Instruction) -> usize {
+    pub(crate) fn operand_segment(&self, instruction: &Instruction) -> usize {
         let named = segment_index(instruction.memory_segment()).unwrap_or(DS);
         if !self.is_64bit() || named >= FS {
             return named;

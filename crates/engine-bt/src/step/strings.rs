@@ -14,6 +14,7 @@ use iced_x86::Mnemonic;
 use iced_x86::OpKind;
 use ringfence_x86::state::DS;
 use ringfence_x86::state::ES;
+use ringfence_x86::state::FS;
 
 use crate::access::Place;
 use crate::access::Span;
@@ -144,7 +145,10 @@ impl Core {
             self.write_register(iced_x86::Register::AL, value);
             return Ok(Flow::Next);
         }
-        let shape = Shape::of(instruction).ok_or_else(Fault::undefined)?;
+        let mut shape = Shape::of(instruction).ok_or_else(Fault::undefined)?;
+        if self.is_64bit() && shape.segment < FS {
+            shape.segment = DS;
+        }
         if matches!(shape.operation, Operation::In | Operation::Out) {
             self.check_port(self.port(), shape.size)?;
         }

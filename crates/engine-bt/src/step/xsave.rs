@@ -12,7 +12,6 @@ use crate::fault::Stop;
 use crate::fault::vector;
 use crate::hot::BOUNCE_BYTES;
 use crate::hot::Hot;
-use crate::step::segment_index;
 use crate::walk::Access;
 
 const XSTATE_BV: usize = 512;
@@ -158,7 +157,7 @@ impl Core {
         let wide = instruction.op0_register().is_ymm() || instruction.memory_index().is_ymm();
         let vector = if wide { 32 } else { 16 };
         let elements = vector / usize::max(element, index_bytes);
-        let segment = segment_index(instruction.memory_segment()).unwrap_or(3);
+        let segment = self.operand_segment(instruction);
         for number in 0..elements {
             if self.vector_bytes(mask, number * element, element) >> (8 * element - 1) == 0 {
                 continue;
@@ -205,7 +204,7 @@ impl Core {
         let base = instruction
             .try_virtual_address(operand, 0, |register, _, _| self.register_value(register))
             .ok_or_else(Fault::undefined)?;
-        let segment = segment_index(instruction.memory_segment()).unwrap_or(3);
+        let segment = self.operand_segment(instruction);
         let user = self.is_user();
         let mut spans = Vec::new();
         for at in (0..bytes).step_by(element) {
@@ -273,7 +272,7 @@ impl Core {
         let base = instruction
             .try_virtual_address(0, 0, |register, _, _| self.register_value(register))
             .ok_or_else(Fault::undefined)?;
-        let segment = segment_index(instruction.memory_segment()).unwrap_or(3);
+        let segment = self.operand_segment(instruction);
         let user = self.is_user();
         // All pages are checked before the first byte is written.
         let mut places = Vec::new();
