@@ -16,7 +16,7 @@ LOAD = Path(__file__).with_name("mixed_load.py")
 ROUNDS = 10
 SECONDS = float(os.environ.get("RINGFENCE_SOAK_S", "600"))
 COMPLAINTS = (
-    "WARNING:",
+    "WARNING: CPU",
     "BUG:",
     "Oops",
     "general protection",
