@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from ringfence.errors import RingfenceError
 from ringfence.machine.machine import Machine
 from ringfence.machine.spec import DirectoryRoot, MachineSpec, Mount
 
@@ -82,5 +84,7 @@ class MachineRunner:
 
 
 def _pass_on(stream: BinaryIO, step: RunStep) -> None:
-    while data := stream.read(1 << 16):
-        step.output(data)
+    # Whoever waits for the command hears why it broke off.
+    with contextlib.suppress(RingfenceError, OSError):
+        while data := stream.read(1 << 16):
+            step.output(data)
