@@ -218,6 +218,8 @@ def test_a_disk_as_root_keeps_what_is_written_and_powers_off(tmp_path: Path) -> 
             assert guest.vm.wait_exit(30)["reason"] == "poweroff"
     # The outside witness, which also sees whether it was unmounted in order.
     subprocess.run(["e2fsck", "-fn", image], check=True, capture_output=True)
+    header = subprocess.run(["dumpe2fs", "-h", image], check=True, capture_output=True).stdout
+    assert b"needs_recovery" not in header
     show = ["debugfs", "-R", "cat /kept", str(image)]
     assert subprocess.run(show, check=True, capture_output=True).stdout == b"for good"
 

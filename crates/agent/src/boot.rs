@@ -13,7 +13,9 @@ use crate::message::Setup;
 use crate::modules::Modules;
 use crate::names;
 use crate::network;
+use crate::place::DEVICE_STEP;
 use crate::place::mount;
+use crate::place::wait;
 use crate::power;
 use crate::root;
 use rustix::fs::Mode;
@@ -40,6 +42,9 @@ const HOST_PATIENCE: Duration = Duration::from_secs(60);
 const DESCRIPTORS: u64 = 1 << 16;
 /// What commands get unless the host says otherwise: what service managers give.
 const COMMAND_DESCRIPTORS: (u64, u64) = (1024, 1 << 19);
+
+/// When the drivers of devices that commands can do without are loaded.
+const OTHERS_DELAY: Duration = Duration::from_millis(500);
 
 /// Device IDs (virtio 1.2 §5) and their drivers: those that setting up may need, and the others.
 const NEEDED: [(u32, &str); 3] = [(1, "virtio_net"), (2, "virtio_blk"), (26, "virtiofs")];
@@ -87,8 +92,8 @@ pub fn init() -> Result<(), AgentError> {
         .spawn(move || serving.serve(link))
         .tried(|| "cannot serve the host".into())?;
     let _background = thread::Builder::new().spawn(move || {
-        // A kernel without it panics all the same; only nobody is told why the guest resets.
-        let _optional = modules.load("pvpanic_mmio");
+        // The first command comes first.
+        wait(OTHERS_DELAY);
         modules.load_drivers(&OTHERS)
     });
     guest.accept(&listener);
@@ -171,7 +176,7 @@ fn reach_host(address: &Address) -> Result<Link, AgentError> {
             Err(errno) if Instant::now() > deadline => {
                 return Err(AgentError::errno("cannot reach the host over vsock", errno));
             }
-            Err(_) => crate::place::pause(),
+            Err(_) => wait(DEVICE_STEP),
         }
     }
 }

@@ -11,7 +11,8 @@ use crate::frame::Kind;
 use crate::link::Link;
 use crate::link::LinkError;
 use crate::message::Request;
-use crate::place::pause;
+use crate::place::DEVICE_STEP;
+use crate::place::wait;
 use crate::power;
 use crate::reaper::Reaper;
 use crate::stats;
@@ -81,7 +82,7 @@ impl Guest {
             match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
                 Ok(fd) => self.start(fd),
                 // Out of descriptors or memory: others end, then it goes on.
-                Err(_) => pause(),
+                Err(_) => wait(DEVICE_STEP),
             }
         }
     }

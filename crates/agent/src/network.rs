@@ -3,7 +3,8 @@
 use crate::error::AgentError;
 use crate::error::Tried;
 use crate::message::Interface;
-use crate::place::pause;
+use crate::place::DEVICE_STEP;
+use crate::place::wait;
 use rustix::net::AddressFamily;
 use rustix::net::RecvFlags;
 use rustix::net::SendFlags;
@@ -221,7 +222,7 @@ fn device(mac: &str) -> Result<(String, u32), AgentError> {
             let message = format!("there is no network device with the address {mac}");
             return Err(AgentError::config(message));
         }
-        pause();
+        wait(DEVICE_STEP);
     }
 }
 

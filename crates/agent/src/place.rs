@@ -11,7 +11,8 @@ use std::time::Duration;
 use std::time::Instant;
 
 const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
-const DEVICE_STEP_MS: i64 = 2;
+/// Between two looks for a device that comes.
+pub(crate) const DEVICE_STEP: Duration = Duration::from_millis(2);
 
 /// Mounts a file system, making the place when it is missing.
 ///
@@ -93,7 +94,7 @@ pub(crate) fn block_device(source: &str) -> Result<PathBuf, AgentError> {
         if Instant::now() > deadline {
             return Err(AgentError::config(format!("there is no disk {source}")));
         }
-        pause();
+        wait(DEVICE_STEP);
     }
 }
 
@@ -105,13 +106,11 @@ fn by_serial(serial: &str) -> Option<PathBuf> {
     })
 }
 
-/// Waits a moment for a device.
-pub(crate) fn pause() {
-    let moment = rustix::time::Timespec {
-        tv_sec: 0,
-        tv_nsec: DEVICE_STEP_MS * 1_000_000,
-    };
-    let _interrupted = rustix::thread::nanosleep(&moment);
+/// Waits that long, or a little less when a signal comes.
+pub(crate) fn wait(time: Duration) {
+    if let Ok(time) = rustix::time::Timespec::try_from(time) {
+        let _interrupted = rustix::thread::nanosleep(&time);
+    }
 }
 
 #[cfg(test)]

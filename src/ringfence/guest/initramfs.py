@@ -51,6 +51,8 @@ _SIGNATURE = b"~Module signature appended~\n"
 # Before that word: its descriptor, whose last field is the signature's length.
 _SIGNATURE_DESCRIPTOR_BYTES = 12
 _MAX_MODULE_BYTES = 64 << 20
+# Archives in the cache: one is made for each kernel and agent.
+_KEPT = 8
 _SUFFIXES = (".ko", ".ko.gz", ".ko.xz", ".ko.zst")
 
 
@@ -96,10 +98,18 @@ def build(kernel: Kernel, agent: Path) -> Path:
             file.write(data)
         # Nobody may see half a file.
         Path(file.name).rename(path)
+        _prune(folder)
     except OSError as error:
         message = f"cannot write the initramfs to {folder}: {error.strerror}"
         raise HostError(message, errno=error.errno, path=str(path)) from error
     return path
+
+
+def _prune(folder: Path) -> None:
+    """Removes all but the newest few; whoever has one open keeps it."""
+    kept = sorted(folder.glob("*.cpio"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for old in kept[_KEPT:]:
+        old.unlink(missing_ok=True)
 
 
 def _read_agent(agent: Path) -> bytes:

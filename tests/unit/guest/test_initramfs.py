@@ -110,6 +110,16 @@ def test_it_is_made_once_for_a_kernel_and_an_agent(kernel: Kernel, agent: Path) 
     assert sorted(path.name for path in first.parent.iterdir()) == sorted([first.name, second.name])
 
 
+def test_the_cache_keeps_a_few(kernel: Kernel, agent: Path) -> None:
+    made = []
+    for number in range(12):
+        agent.write_bytes(STATIC_PROGRAM + bytes([number]))
+        made.append(initramfs.build(kernel, agent))
+    kept = list(made[-1].parent.iterdir())
+    assert len(kept) == 8
+    assert made[-1] in kept
+
+
 @pytest.mark.parametrize(
     ("config", "kept"),
     [("CONFIG_MODULE_SIG=y\n", False), ("CONFIG_MODULE_SIG_FORCE=y\n", True), (None, True)],
