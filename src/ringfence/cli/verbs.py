@@ -22,7 +22,7 @@ class Verb:
     group: str
 
 
-GROUPS = ("Run", "Machines", "Images", "Host")
+GROUPS = ("Run", "Machines", "Images", "Networks", "Host")
 
 VERBS: dict[str, Verb] = {
     "run": Verb("ringfence.cli.run", "run a command in a new machine", "Run"),
@@ -41,6 +41,11 @@ VERBS: dict[str, Verb] = {
         "ringfence.cli.image",
         "fetch, build, list, send and write out images",
         "Images",
+    ),
+    "network": Verb(
+        "ringfence.cli.network",
+        "make, list, watch and remove networks",
+        "Networks",
     ),
     "doctor": Verb(
         "ringfence.cli.doctor",

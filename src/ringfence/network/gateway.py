@@ -27,6 +27,9 @@ _BACKLOG = 1024
 
 Json = dict[str, object]
 
+# Gateways that outlive the machine that started them; kept here to be reaped.
+_CHILDREN: list[subprocess.Popen[bytes]] = []
+
 
 class Gateway:
     """A running gateway, by a control connection. A context manager: leaving it closes that.
@@ -137,6 +140,8 @@ def spawn(
             whole["control_fd"] = theirs.fileno()
             inherited.append(theirs.fileno())
         process = _start(whole, inherited, log)
+        if not owned:
+            _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None] + [process]
         theirs.close()
         if not owned:
             ours.close()

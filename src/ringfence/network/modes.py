@@ -1,11 +1,10 @@
-"""From a network's name to the mode that serves it."""
+"""From a network's name to what serves it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ringfence.errors import NotFoundError
-from ringfence.network import user
+from ringfence.network import manage, user
 
 if TYPE_CHECKING:
     from ringfence.network.attachment import Attachment
@@ -18,6 +17,4 @@ def attach(network: str, machine_id: str, kind: Kind, options: AttachOptions) ->
     """See :func:`ringfence.network.attach`."""
     if network == "user":
         return user.attach(machine_id, kind, options)
-    message = f"there is no network {network!r}"
-    hint = "ringfence network ls lists them; ringfence network create makes one"
-    raise NotFoundError(message, hint=hint)
+    return manage.attach(network, machine_id, kind, options)

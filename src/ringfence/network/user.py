@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ringfence.network.gateway import Gateway
     from ringfence.network.options import AttachOptions, Kind, PublishedPort
 
-__all__ = ["attach", "control_path"]
+__all__ = ["attach", "control_path", "join", "log_path"]
 
 # The largest packet: no segment has to be split, whatever it is of.
 MTU = 65520
@@ -86,17 +86,20 @@ def attach(machine_id: str, kind: Kind, options: AttachOptions) -> Attachment:
     )
     with ExitStack() as stack:
         path = control_path(machine_id)
-        running = gateway.spawn(document, [], control_path=path, log=_log(machine_id), owned=True)
+        running = gateway.spawn(
+            document, [], control_path=path, log=log_path(machine_id), owned=True
+        )
         stack.callback(_end, running, path)
         attachment = join(running, port, kind, interface, options, stack)
         attachment.own(stack.pop_all())
     return attachment
 
 
-def _log(machine_id: str) -> Path:
+def log_path(name: str) -> Path:
+    """Where the gateway of a machine (by its ID) or of a network writes its log."""
     folder = _paths.state_dir() / "networks" / "log"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder / f"{machine_id}.log"
+    return folder / f"{name}.log"
 
 
 def _end(running: Gateway, path: Path) -> None:
@@ -104,8 +107,7 @@ def _end(running: Gateway, path: Path) -> None:
     with suppress(OSError):
         path.unlink(missing_ok=True)
     with suppress(OSError):
-        log = path.stem
-        (_paths.state_dir() / "networks" / "log" / f"{log}.log").unlink(missing_ok=True)
+        log_path(path.stem).unlink(missing_ok=True)
 
 
 def _names(options: AttachOptions, own: list[str], gateways: list[str]) -> dict[str, list[str]]:

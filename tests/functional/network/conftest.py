@@ -38,12 +38,13 @@ class Guest(Namespace):
     def __init__(self, network: str, options: AttachOptions, name: str) -> None:
         super().__init__()
         self.id = name
-        self.attachment: Attachment = attach(network, name, "container", options)
-        try:
+        with ExitStack() as stack:
+            stack.callback(super().close)
+            self.attachment: Attachment = stack.enter_context(
+                attach(network, name, "container", options)
+            )
             self.attachment.enter(self.pid)
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()
 
     def close(self) -> None:
         self.attachment.close()
