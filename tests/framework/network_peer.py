@@ -59,6 +59,9 @@ class _First(socketserver.BaseRequestHandler):
 
 
 class _Web(BaseHTTPRequestHandler):
+    # Head and body in one piece.
+    wbufsize = -1
+
     def do_GET(self) -> None:
         body = f"{self.client_address[0]} {self.headers.get('Host')}".encode()
         self.send_response(200)

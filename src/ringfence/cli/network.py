@@ -157,9 +157,9 @@ def _inspect(args: argparse.Namespace) -> int:
         found |= asdict(spec)
         found["machines"] = [asdict(member) for member, lives in store.members(args.name) if lives]
         if spec.mode not in ("user", "isolated"):
-            from ringfence.network import kernel  # noqa: PLC0415 - needs pyroute2
+            from ringfence.network.kernel import describe  # noqa: PLC0415 - for these modes alone
 
-            found["host"] = kernel.describe(spec)
+            found["host"] = describe(spec)
     if spec is None or spec.mode in ("user", "isolated"):
         try:
             with _gateway(args.name) as running:

@@ -1,4 +1,6 @@
-"""Run as a program: enters a process's user and network namespaces and makes a TAP device there.
+"""Run as a program: enters a process's user and network namespaces and sets a device up there.
+
+With a channel it makes a TAP device, and sends its descriptor back.
 
 Uses nothing but the standard library, so that it starts in a few milliseconds.
 Source: Linux ``rtnetlink(7)``, ``netdevice(7)``, ``if_tun.h``.
@@ -99,17 +101,19 @@ def _list(request: dict[str, object], name: str) -> list[str]:
 
 def main() -> int:
     """Does what its arguments say, and sends the device back."""
-    request = json.loads(sys.argv[2])
+    request = json.loads(sys.argv[1])
+    channel = request["channel"]
     try:
         _enter(int(request["pid"]))
-        tun = _open_tap(str(request["device"]))
+        tun = _open_tap(str(request["device"])) if channel is not None else -1
         _set_up(request)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         sys.stderr.write(f"{error.strerror}{where}\n")
         return 1
-    with socket.socket(fileno=int(sys.argv[1])) as channel:
-        socket.send_fds(channel, [b"x"], [tun])
+    if channel is not None:
+        with socket.socket(fileno=channel) as back:
+            socket.send_fds(back, [b"x"], [tun])
     return 0
 
 

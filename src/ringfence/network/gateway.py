@@ -224,8 +224,12 @@ def connect(path: Path) -> Gateway:
     return Gateway(_connect(path))
 
 
-def bind_published(port: PublishedPort) -> socket.socket:
+def bind_published(port: PublishedPort, *, listen: bool = True) -> socket.socket:
     """A socket of the host at a published port.
+
+    Args:
+        port: The port.
+        listen: Take connections; else the port is only kept from others.
 
     Raises:
         ConflictError: The port is in use.
@@ -235,12 +239,12 @@ def bind_published(port: PublishedPort) -> socket.socket:
     kind = socket.SOCK_DGRAM if port.transport == "udp" else socket.SOCK_STREAM
     bound = socket.socket(family, kind)
     try:
-        if port.transport == "tcp":
+        if port.transport == "tcp" and listen:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         bound.bind((port.address, port.host))
-        if port.transport == "tcp":
+        if port.transport == "tcp" and listen:
             bound.listen(_BACKLOG)
     except OSError as error:
         bound.close()

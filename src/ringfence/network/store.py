@@ -181,13 +181,16 @@ class Store:
             os.close(fd)
             message = f"the machine {member.name} is on the network {network} already"
             raise ConflictError(message) from error
-        self.write(fd, member)
+        self.rewrite(network, member)
         return fd
 
-    def write(self, fd: int, member: Member) -> None:
-        """Writes what is known of a machine anew."""
-        os.truncate(fd, 0)
-        os.pwrite(fd, json.dumps(asdict(member)).encode(), 0)
+    def rewrite(self, network: str, member: Member) -> None:
+        """Writes what is known of a machine anew, whoever holds it."""
+        path = self._member_path(network, member.machine_id)
+        # In place: the lock is the file's.
+        with path.open("r+b") as file:
+            file.truncate(0)
+            file.write(json.dumps(asdict(member)).encode())
 
     def leave(self, network: str, machine_id: str) -> None:
         """Forgets a machine."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ringfence.guest.spec import InterfaceSpec
 
-__all__ = ["in_namespace"]
+__all__ = ["in_namespace", "set_up"]
 
 _HELPER = Path(__file__).with_name("_tap_helper.py")
 _TIMEOUT_S = 30.0
@@ -44,28 +44,42 @@ def in_namespace(pid: int, device: str, interface: InterfaceSpec) -> Iterator[Bi
     """
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        request = {
-            "pid": pid,
-            "device": device,
-            "mac": interface.mac,
-            "addresses": list(interface.addresses),
-            "gateways": list(interface.gateways),
-            "mtu": interface.mtu or 1500,
-        }
-        done = subprocess.run(
-            [sys.executable, "-IS", str(_HELPER), str(theirs.fileno()), json.dumps(request)],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
-        if done.returncode != 0:
-            words = done.stderr.strip().splitlines()
-            message = f"cannot set up the container's network: {words[-1] if words else 'no word'}"
-            hint = "a rootless container needs access to /dev/net/tun: chmod 666 /dev/net/tun"
-            raise HostError(message, hint=hint if "tun" in message else "")
+        _help(pid, device, interface, theirs.fileno())
         _, fds, _, _ = socket.recv_fds(ours, 1, 1)
     with os.fdopen(fds[0], "r+b", buffering=0) as file:
         yield file
+
+
+def set_up(pid: int, device: str, interface: InterfaceSpec) -> None:
+    """Gives a device that is in the network namespace of ``pid`` its addresses and routes.
+
+    Raises:
+        HostError: The host refuses.
+    """
+    _help(pid, device, interface, None)
+
+
+def _help(pid: int, device: str, interface: InterfaceSpec, channel: int | None) -> None:
+    request = {
+        "pid": pid,
+        "device": device,
+        "mac": interface.mac,
+        "addresses": list(interface.addresses),
+        "gateways": list(interface.gateways),
+        "mtu": interface.mtu or 1500,
+        "channel": channel,
+    }
+    done = subprocess.run(
+        [sys.executable, "-IS", str(_HELPER), json.dumps(request)],
+        pass_fds=[] if channel is None else [channel],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        words = done.stderr.strip().splitlines()
+        message = f"cannot set up the container's network: {words[-1] if words else 'no word'}"
+        hint = "a rootless container needs access to /dev/net/tun: chmod 666 /dev/net/tun"
+        raise HostError(message, hint=hint if "tun" in message else "")

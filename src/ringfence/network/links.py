@@ -1,0 +1,193 @@
+"""Links of the host's kernel: bridges, TAP devices, veth pairs. All need root.
+
+Source: Linux ``rtnetlink(7)``, ``Documentation/networking/{bridge,tuntap}.rst``.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import ipaddress
+import os
+import struct
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from ringfence.errors import HostError, NotFoundError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["add_tap", "add_veth", "ensure_bridge", "has_rights", "is_bridge", "link_name", "remove"]
+
+_TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_CAP_NET_ADMIN = 12
+
+
+class _Route(Protocol):
+    """What is used of pyroute2's IPRoute."""
+
+    def link(self, command: str, **fields: object) -> object: ...
+    def addr(self, command: str, **fields: object) -> object: ...
+    def link_lookup(self, **fields: object) -> Sequence[int]: ...
+    def close(self) -> None: ...
+
+
+@contextmanager
+def _route(action: str) -> Iterator[_Route]:
+    """A connection to the kernel's links; its errors become ours.
+
+    Raises:
+        HostError: The kernel refuses.
+    """
+    from pyroute2 import IPRoute  # type: ignore[import-untyped]  # noqa: PLC0415 - slow to import
+    from pyroute2.netlink.exceptions import (  # type: ignore[import-untyped]  # noqa: PLC0415
+        NetlinkError,
+    )
+
+    route = cast("_Route", IPRoute())
+    try:
+        yield route
+    except NetlinkError as error:
+        message = f"cannot {action}: {os.strerror(error.code)}"
+        hint = "modprobe bridge veth tun" if error.code == errno.EOPNOTSUPP else ""
+        raise HostError(message, hint=hint, errno=error.code) from error
+    finally:
+        route.close()
+
+
+def has_rights() -> bool:
+    """Whether this process may change the host's links."""
+    with suppress(OSError, ValueError, IndexError):
+        status = Path("/proc/self/status").read_text()
+        effective = int(status.partition("CapEff:")[2].split()[0], 16)
+        return bool(effective >> _CAP_NET_ADMIN & 1)
+    return os.geteuid() == 0
+
+
+def require_rights(mode: str) -> None:
+    """Checks that this process may change the host's links.
+
+    Raises:
+        UnsupportedError: It may not.
+    """
+    if not has_rights():
+        message = f"the mode {mode} changes the host's links, which needs root (CAP_NET_ADMIN)"
+        hint = "use --network user or isolated, which need nothing, or run it with sudo"
+        raise UnsupportedError(message, hint=hint)
+
+
+def link_name(prefix: str, *parts: str) -> str:
+    """A link's name made from words, the same for the same ones, at most 15 bytes."""
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return prefix + digest[: 15 - len(prefix)]
+
+
+def _index(route: _Route, name: str) -> int | None:
+    found = route.link_lookup(ifname=name)
+    return found[0] if found else None
+
+
+def ensure_bridge(name: str, addresses: Sequence[str], mtu: int) -> None:
+    """A bridge with addresses, up; made when missing.
+
+    Args:
+        name: Its name.
+        addresses: With prefix.
+        mtu: The largest packet.
+
+    Raises:
+        HostError: The kernel refuses.
+    """
+    with _route(f"make the bridge {name}") as route:
+        if _index(route, name) is not None:
+            return
+        route.link("add", ifname=name, kind="bridge", mtu=mtu)
+        index = _index(route, name)
+        try:
+            # No waiting until a port forwards: there are no loops.
+            Path(f"/sys/class/net/{name}/bridge/forward_delay").write_text("0")
+            Path(f"/proc/sys/net/ipv6/conf/{name}/accept_dad").write_text("0")
+        except OSError as error:
+            message = f"cannot set up the bridge {name}: {error.strerror}"
+            raise HostError(message, errno=error.errno, path=error.filename) from error
+        for text in addresses:
+            one = ipaddress.ip_interface(text)
+            route.addr("add", index=index, address=str(one.ip), prefixlen=one.network.prefixlen)
+        route.link("set", index=index, state="up")
+
+
+def is_bridge(name: str) -> bool:
+    """Whether the host's interface is a bridge.
+
+    Raises:
+        NotFoundError: There is no such interface.
+    """
+    path = Path("/sys/class/net") / name
+    if "/" in name or not path.exists():
+        message = f"this host has no interface {name!r}"
+        raise NotFoundError(message, hint="ip link lists them")
+    return (path / "bridge").is_dir()
+
+
+def add_tap(name: str, bridge: str, mtu: int) -> int:
+    """A TAP device on a bridge, up; it goes when its descriptor is closed.
+
+    Raises:
+        HostError: The kernel refuses.
+    """
+    try:
+        tun = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        message = f"cannot open /dev/net/tun: {error.strerror}"
+        raise HostError(message, hint="modprobe tun", errno=error.errno) from error
+    try:
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+        fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        _enslave(name, bridge, mtu)
+    except OSError as error:
+        os.close(tun)
+        if isinstance(error, HostError):
+            raise
+        message = f"cannot make the TAP device {name}: {error.strerror}"
+        raise HostError(message, errno=error.errno) from error
+    return tun
+
+
+def _enslave(name: str, bridge: str, mtu: int) -> None:
+    with _route(f"put {name} on the bridge {bridge}") as route:
+        master = _index(route, bridge)
+        index = _index(route, name)
+        # The host has no address there: it has the bridge's.
+        with suppress(OSError):
+            Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+        route.link("set", index=index, mtu=mtu, master=master)
+        route.link("set", index=index, state="up")
+
+
+def add_veth(name: str, peer: str, bridge: str, mtu: int, pid: int) -> None:
+    """A veth pair: one end on a bridge, the other in the network namespace of a process.
+
+    Raises:
+        HostError: The kernel refuses.
+    """
+    remove(name)
+    with _route(f"make the link {name}") as route:
+        ends: dict[str, object] = {"ifname": peer, "mtu": mtu, "net_ns_fd": f"/proc/{pid}/ns/net"}
+        route.link("add", ifname=name, kind="veth", mtu=mtu, peer=ends)
+    _enslave(name, bridge, mtu)
+
+
+def remove(name: str) -> None:
+    """Removes a link, if it is there.
+
+    Raises:
+        HostError: The kernel refuses.
+    """
+    with _route(f"remove the link {name}") as route:
+        index = _index(route, name)
+        if index is not None:
+            route.link("del", index=index)
