@@ -18,11 +18,12 @@ from ringfence import _binaries
 from ringfence.container import capabilities, default_profile, host_tree, init_program, seccomp
 from ringfence.container.cgroups import devices, layout, stats
 from ringfence.container.cgroups.group import Group
+from ringfence.container.cgroups.view import mount_table
 from ringfence.container.fields import Fields
 from ringfence.container.identity import Maps, own_maps
 from ringfence.container.launch import Launch
 from ringfence.container.oci import template
-from ringfence.container.spec import device_links, device_nodes, mount_table
+from ringfence.container.spec import device_links, device_nodes
 from ringfence.errors import HostError, StateError, UnsupportedError
 from ringfence.guest.agent import Agent
 from ringfence.machine import check, sockets
@@ -255,7 +256,6 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
     _limit(group, spec)
     attachment = _attach(spec, place, stack)
     program = init_program.sealed_copy(str(_binaries.find("ringfence-agent")))
-    stack.callback(os.close, program)
     plan = _plan(spec, place, stack, group, maps)
     process = plan["process"]
     if isinstance(process, dict):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringfence.errors import ConfigError, UnsupportedError
@@ -10,8 +13,8 @@ from ringfence.machine import host_root
 from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from contextlib import ExitStack
-    from pathlib import Path
 
     from ringfence.machine.driver import Place
     from ringfence.machine.spec import MachineSpec, Mount
@@ -26,7 +29,9 @@ _EMPTY = (
 _OPEN = ("tmp", "var/tmp")
 # MOUNT_ATTR_*: read only, no setuid, no devices.
 _READ_ONLY, _VOLUME = 1, 2 | 4
-_MASKED = 0o1777
+_STICKY = 0o1777
+# How long what was seen of /etc is believed.
+_LOOKED_S = 60.0
 
 
 def root_plan(
@@ -67,7 +72,7 @@ def root_plan(
             message = "a container has no disk: only a machine with a kernel of its own has"
             raise UnsupportedError(message, hint="use --engine auto")
     plan["overlay"] = overlay
-    plan["directories"] = [*_listed(plan.get("directories")), *((f"/{n}", _MASKED) for n in _OPEN)]
+    plan["directories"] = [*_listed(plan.get("directories")), *((f"/{n}", _STICKY) for n in _OPEN)]
     return plan
 
 
@@ -76,16 +81,40 @@ def _listed(value: object) -> list[object]:
 
 
 def _host_parts() -> list[dict[str, object]]:
-    from pathlib import Path
-
     parts: list[dict[str, object]] = [{"target": "/usr", "lower": "/usr", "hide": _private_usr()}]
     for name in _PROGRAMS:
         path = f"/{name}"
         if not os.path.islink(path) and os.path.isdir(path):
             parts.append({"target": path, "lower": path})
-    hidden = sorted(host_root.hidden_in_etc(Path("/etc")))
-    parts.append({"target": "/etc", "lower": "/etc", "hide": hidden})
+    parts.append({"target": "/etc", "lower": "/etc", "hide": _hidden_in_etc()})
     return parts
+
+
+class _Seen:
+    """What this process knows of the host's ``/etc``."""
+
+    at = 0.0
+    folders: dict[str, int] = {}  # noqa: RUF012 - replaced whole, never changed
+    hidden: list[str] = []  # noqa: RUF012 - likewise
+
+
+def _hidden_in_etc() -> list[str]:
+    """What of ``/etc`` isn't shown, remembered while no directory there changes, for a minute."""
+    now = time.monotonic()
+    old = now - _Seen.at > _LOOKED_S or not _Seen.folders
+    if old or _changes(_Seen.folders) != _Seen.folders:
+        _Seen.folders = _changes([folder for folder, _below, _files in os.walk("/etc")])
+        _Seen.hidden = sorted(host_root.hidden_in_etc(Path("/etc")))
+        _Seen.at = now
+    return _Seen.hidden
+
+
+def _changes(folders: Iterable[str]) -> dict[str, int]:
+    found = {}
+    for folder in folders:
+        with suppress(OSError):
+            found[folder] = os.stat(folder).st_ctime_ns
+    return found
 
 
 def _private_usr() -> list[str]:

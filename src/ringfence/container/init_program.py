@@ -46,8 +46,31 @@ def find() -> str:
     raise NotFoundError(message, hint=hint)
 
 
+_copies: dict[tuple[str, int, int], int] = {}
+
+
 def sealed_copy(path: str) -> int:
     """A descriptor of a program's sealed copy in memory; execute it as ``/proc/self/fd/N``.
+
+    The copy is made once a process and stays open: nobody can change it.
+
+    Raises:
+        HostError: There is no memory for it, or the file can't be read.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        message = f"cannot copy {path} into memory: {error.strerror}"
+        raise HostError(message, errno=error.errno, path=path) from error
+    key = (path, status.st_mtime_ns, status.st_size)
+    copy = _copies.get(key, -1)
+    if copy < 0:
+        copy = _copies.setdefault(key, _copy(path))
+    return copy
+
+
+def _copy(path: str) -> int:
+    """A sealed copy.
 
     Raises:
         HostError: There is no memory for it, or the file can't be read.

@@ -64,7 +64,7 @@ class Launch:
             message = f"cannot start {init_program.NAME}: {error.strerror}"
             raise HostError(message, errno=error.errno) from error
         finally:
-            for number in (*ours, program):
+            for number in ours:
                 os.close(number)
         self._give(plan_in, lean_json.dumps(plan).encode())
 

@@ -124,7 +124,7 @@ def test_what_containers_lack_is_refused() -> None:
         ringfence.Machine(engine="container", kernel="6.1").start()
 
 
-def test_nothing_is_left_of_many(tmp_path: Path) -> None:
+def test_nothing_is_left_of_many() -> None:
     mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
 
