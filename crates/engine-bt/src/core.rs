@@ -189,8 +189,10 @@ impl Core {
         let core = std::ptr::from_mut(self) as u64;
         let gates = self.shared.gates;
         let kernel = self.windows.code_kernel();
+        let miss_map = self.shared.code.miss_map();
         let hot = self.hot_mut();
         hot.core = core;
+        hot.miss_map = miss_map;
         hot.gates = gates.entry_points;
         hot.mask_user = crate::window::MASK_USER;
         hot.mask_kernel = crate::window::MASK_KERNEL;

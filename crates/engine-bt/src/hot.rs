@@ -75,6 +75,8 @@ pub(crate) struct Hot {
     /// The code tables of user and kernel mode.
     pub code_user: u64,
     pub code_kernel: u64,
+    /// The map that pages without translated code have in them.
+    pub miss_map: u64,
     /// [`Transition`], or 0.
     pub transition: u64,
     /// SYSCALL and SYSRET may be executed in place.

@@ -19,6 +19,8 @@ use crate::fault::Stop;
 use crate::ram::read_raw;
 use crate::remote::Remote;
 use crate::remote::request;
+use crate::translate::PAGE_BYTES;
+use crate::translate::TAIL_BYTES;
 use crate::walk::Access;
 use crate::window::Table;
 use crate::window::page_index;
@@ -132,11 +134,37 @@ impl Core {
         if shared.pages.mark_code(key.gpa) {
             self.revoke_writes(host);
         }
-        let mut page = [0; 4096];
+        let mut page = [0; PAGE_BYTES + TAIL_BYTES];
         // SAFETY: a page of RAM.
-        unsafe { read_raw(host, &mut page) };
-        let new = self.translate(&page, offset, plain);
+        unsafe { read_raw(host, &mut page[..PAGE_BYTES]) };
+        let near_end = usize::from(offset) + TAIL_BYTES >= PAGE_BYTES;
+        let tail = near_end && self.read_tail(linear, &mut page[PAGE_BYTES..]);
+        let page = &page[..if tail { page.len() } else { PAGE_BYTES }];
+        let new = self.translate(page, offset, plain);
         shared.code.install(key, version, &new, plain)
+    }
+
+    /// Reads the first bytes of the page behind that of `linear`; false when user or kernel code,
+    /// whichever runs, couldn't run on into it.
+    fn read_tail(&self, linear: u64, tail: &mut [u8]) -> bool {
+        let next = (linear | (PAGE - 1)).wrapping_add(1);
+        if !self.is_64bit() || !is_canonical(next) {
+            return false;
+        }
+        let user = self.is_user();
+        let found = self
+            .paging()
+            .translate(&self.shared.ram, next, Access::Fetch, user, false);
+        let host = found.ok().and_then(|found| {
+            let len = tail.len() as u64;
+            self.shared.ram.host(found.gpa, len)
+        });
+        let Some(host) = host else {
+            return false;
+        };
+        // SAFETY: bytes of RAM.
+        unsafe { read_raw(host, tail) };
+        true
     }
 
     /// The block at RIP, in a page that is mapped and has been translated from, without groups.

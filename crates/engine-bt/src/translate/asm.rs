@@ -382,6 +382,17 @@ impl Asm {
         self.code.push(value);
     }
 
+    /// `cmp dword [mem], imm32`.
+    pub(crate) fn cmp_mem32(&mut self, mem: Mem, value: i32) {
+        self.op_mem(false, &[0x81], Reg(7), mem);
+        self.imm32(value);
+    }
+
+    /// `cmp reg, [mem]`, 64 bits.
+    pub(crate) fn cmp_with_mem(&mut self, reg: Reg, mem: Mem) {
+        self.op_mem(true, &[0x3b], reg, mem);
+    }
+
     /// `pext to, from, gs:[mask]`, which leaves the flags alone.
     pub(crate) fn pext(&mut self, to: Reg, from: Reg, mask: i32) {
         // VEX.LZ.F3.0F38.W1 F5 /r

@@ -2,6 +2,7 @@
 
 use iced_x86::Code;
 use iced_x86::Decoder;
+use iced_x86::DecoderError;
 use iced_x86::FlowControl;
 use iced_x86::Instruction;
 use iced_x86::InstructionInfoFactory;
@@ -15,8 +16,10 @@ use crate::step::decoder_options;
 use crate::step::has_short_address;
 use crate::step::is_emulated;
 use crate::step::is_hint;
+use crate::translate::PAGE_BYTES;
 use crate::translate::Request;
 use crate::translate::rename::mentions;
+use crate::translate::straddle;
 
 /// Most instructions in a block.
 const MAX_INSTRUCTIONS: usize = 64;
@@ -93,10 +96,13 @@ pub(crate) fn target(item: &Item) -> i64 {
 
 /// Cuts a block. It is never empty: an instruction that can't be decoded is the monitor's.
 pub(crate) fn decode_block(request: &Request<'_>, info: &mut InstructionInfoFactory) -> Vec<Item> {
+    if let Some(item) = straddle::decode(request, info) {
+        return vec![item];
+    }
     let start = usize::from(request.offset);
     let mut decoder = Decoder::with_ip(
         request.mode.bits(),
-        &request.page[start..],
+        &request.page[start..PAGE_BYTES],
         u64::from(request.offset),
         decoder_options(request.host.amd),
     );
@@ -108,6 +114,11 @@ pub(crate) fn decode_block(request: &Request<'_>, info: &mut InstructionInfoFact
             break;
         }
         let instruction = decoder.decode();
+        let cut = instruction.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes;
+        if cut && !items.is_empty() {
+            // A block of its own may translate it.
+            break;
+        }
         let class = classify(request, &instruction, info);
         items.push(item(instruction, offset, class, info));
         match class {
@@ -130,7 +141,7 @@ pub(crate) fn decode_block(request: &Request<'_>, info: &mut InstructionInfoFact
     items
 }
 
-fn item(
+pub(crate) fn item(
     instruction: Instruction,
     offset: u16,
     class: Class,
@@ -198,7 +209,7 @@ fn inline_class(request: &Request<'_>, instruction: &Instruction) -> Option<Clas
     (string && wide && !based && instruction.has_rep_prefix()).then_some(Class::String)
 }
 
-fn classify(
+pub(crate) fn classify(
     request: &Request<'_>,
     instruction: &Instruction,
     info: &mut InstructionInfoFactory,

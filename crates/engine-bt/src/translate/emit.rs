@@ -78,6 +78,7 @@ pub(crate) fn emit_block_listed(
         emitter.index = index;
         emitter.offset = item.offset;
         emitter.flags_live = live != 0;
+        emitter.guard_straddler(item);
         emitter.item(item);
         emitter.release();
     }

@@ -17,6 +17,7 @@ use iced_x86::RflagsBits;
 
 use crate::step::decoder_options;
 use crate::translate::Class;
+use crate::translate::PAGE_BYTES;
 use crate::translate::Request;
 use crate::translate::decode::Item;
 use crate::translate::decode::leaves;
@@ -69,13 +70,13 @@ pub(crate) fn live_before(request: &Request<'_>, items: &[Item]) -> (Vec<u32>, u
 fn live_at(request: &Request<'_>, offset: i64, seen: &mut u64) -> u32 {
     let Some(start) = usize::try_from(offset)
         .ok()
-        .filter(|&at| at < request.page.len())
+        .filter(|&at| at < PAGE_BYTES)
     else {
         return ARITHMETIC;
     };
     let mut decoder = Decoder::with_ip(
         request.mode.bits(),
-        &request.page[start..],
+        &request.page[start..PAGE_BYTES],
         start as u64,
         decoder_options(request.host.amd),
     );

@@ -9,6 +9,7 @@
 //! * [`plan`] finds accesses that can share a probe,
 //! * [`emit`] writes the host code, with [`memory`] for operands, [`stack`] and [`flow`] for
 //!   transfers, and [`cold`] for what is rarely run,
+//! * [`straddle`] guards an instruction that reaches into the next page,
 //! * [`asm`] and [`rename`] are the tools.
 
 pub(crate) mod asm;
@@ -22,6 +23,7 @@ mod memory;
 pub(crate) mod plan;
 pub(crate) mod rename;
 mod stack;
+mod straddle;
 mod strings;
 mod system;
 
@@ -30,13 +32,19 @@ use crate::core::Core;
 use crate::host::Host;
 use crate::mode::Mode;
 
+/// Bytes of a page.
+pub(crate) const PAGE_BYTES: usize = 4096;
+/// Most bytes of the next page that an instruction can reach.
+pub(crate) const TAIL_BYTES: usize = 14;
+
 pub(crate) use decode::Class;
 pub(crate) use decode::decode_block;
 
 /// What the translator is given.
 pub(crate) struct Request<'a> {
-    /// The page.
-    pub page: &'a [u8; 4096],
+    /// The page, and perhaps the first bytes of the one that follows it in the guest's address
+    /// space: see [`straddle`].
+    pub page: &'a [u8],
     /// Where in the page the block starts.
     pub offset: u16,
     pub mode: Mode,
@@ -47,7 +55,7 @@ pub(crate) struct Request<'a> {
 
 impl Core {
     /// Translates the block at `offset` of a page; `plain`: without groups.
-    pub(crate) fn translate(&mut self, page: &[u8; 4096], offset: u16, plain: bool) -> NewBlock {
+    pub(crate) fn translate(&mut self, page: &[u8], offset: u16, plain: bool) -> NewBlock {
         let request = Request {
             page,
             offset,
