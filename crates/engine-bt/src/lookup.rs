@@ -21,6 +21,7 @@ use crate::remote::Remote;
 use crate::remote::request;
 use crate::translate::PAGE_BYTES;
 use crate::translate::TAIL_BYTES;
+use crate::translate::is_cut;
 use crate::walk::Access;
 use crate::window::Table;
 use crate::window::page_index;
@@ -140,6 +141,10 @@ impl Core {
         let near_end = usize::from(offset) + TAIL_BYTES >= PAGE_BYTES;
         let tail = near_end && self.read_tail(linear, &mut page[PAGE_BYTES..]);
         let page = &page[..if tail { page.len() } else { PAGE_BYTES }];
+        if near_end && !tail && is_cut(page, offset, self.mode.bits()) {
+            // Its other half may be there next time: such a block would be of no use then.
+            return Ok(Some(self.step_apart()));
+        }
         let new = self.translate(page, offset, plain);
         shared.code.install(key, version, &new, plain)
     }

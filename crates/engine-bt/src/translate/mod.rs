@@ -39,6 +39,7 @@ pub(crate) const TAIL_BYTES: usize = 14;
 
 pub(crate) use decode::Class;
 pub(crate) use decode::decode_block;
+pub(crate) use straddle::is_cut;
 
 /// What the translator is given.
 pub(crate) struct Request<'a> {

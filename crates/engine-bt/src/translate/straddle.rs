@@ -6,6 +6,8 @@
 //! bytes as when the block was made. Where it doesn't, the monitor executes the instruction.
 
 use iced_x86::Decoder;
+use iced_x86::DecoderError;
+use iced_x86::DecoderOptions;
 use iced_x86::InstructionInfoFactory;
 
 use crate::code::SiteKind;
@@ -46,6 +48,13 @@ pub(crate) fn decode(request: &Request<'_>, info: &mut InstructionInfoFactory) -
     guarded.then(|| item(instruction, request.offset, class, info))
 }
 
+/// Whether the instruction at `offset` doesn't end within `page`.
+pub(crate) fn is_cut(page: &[u8], offset: u16, bits: u32) -> bool {
+    let mut decoder = Decoder::new(bits, &page[usize::from(offset)..], DecoderOptions::NONE);
+    let invalid = decoder.decode().is_invalid();
+    invalid && decoder.last_error() == DecoderError::NoMoreBytes
+}
+
 impl Emitter<'_> {
     /// Lets an instruction pass that lies within its page, or whose other page is as it was.
     pub(crate) fn guard_straddler(&mut self, item: &Item) {
@@ -54,7 +63,11 @@ impl Emitter<'_> {
             return;
         }
         let keep = self.flags_live;
-        let site = self.open_site(SiteKind::Step, item.offset);
+        let kind = SiteKind::Memory {
+            bytes: 1,
+            write: false,
+        };
+        let site = self.open_site(kind, item.offset);
         self.sites[site].flags_parked = keep;
         if keep {
             self.park_flags();
@@ -72,7 +85,8 @@ impl Emitter<'_> {
         self.next_page();
         self.asm.lea(T1, Mem::indexed(T1, T0, 2));
         self.asm.cmp_with_mem(T1, Mem::gs(hot!(miss_map)));
-        let mut from = vec![self.asm.jcc(Z), self.load_entry(T0, false)];
+        let mut from = vec![self.asm.jcc(Z)];
+        let miss = self.load_entry(T0, false);
         self.asm.lea(T1, Mem::indexed(T0, T1, 0));
         let request = self.request;
         let tail = &request.page[PAGE_BYTES..end];
@@ -95,6 +109,13 @@ impl Emitter<'_> {
             self.give_back_flags();
         }
         self.close_site(site);
+        // Code pages are seldom read: the monitor fills the entry and comes back.
+        self.cold.push(Cold::Miss {
+            from: vec![miss],
+            site,
+            address: T0,
+            flags_parked: keep,
+        });
         self.cold.push(Cold::Monitor {
             from,
             site,
@@ -106,8 +127,12 @@ impl Emitter<'_> {
     fn next_page(&mut self) {
         self.asm.load(T0, Mem::gs(hot!(pc_base)));
         self.asm.lea(T0, Mem::at(T0, 4096));
-        let above = if self.request.mode.is_user() { 17 } else { 16 };
-        self.asm.shl(T0, above);
-        self.asm.sar(true, T0, above);
+        if self.request.mode.is_user() {
+            self.asm.shl(T0, 17);
+            self.asm.shr(T0, 17);
+        } else {
+            self.asm.shl(T0, 16);
+            self.asm.sar(true, T0, 16);
+        }
     }
 }
