@@ -16,6 +16,7 @@
     reason = "code and maps are raw memory that other threads execute and read"
 )]
 
+use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -130,6 +131,10 @@ pub(crate) struct Link {
 #[derive(Default)]
 pub(crate) struct NewBlock {
     pub code: Vec<u8>,
+    /// Where the code begins that is rarely run.
+    pub hot_len: usize,
+    /// Branches within the code: the places of their displacements, and where they go.
+    pub branches: BTreeMap<usize, usize>,
     pub guest: u16,
     /// 64-byte parts of the page that the translation depends on.
     pub parts: u64,
@@ -151,7 +156,50 @@ pub(crate) struct Block {
     pub guest: u16,
     pub start: u32,
     pub len: u32,
+    /// Where the part that is rarely run lies, and its length.
+    cold: u32,
+    cold_len: u32,
     first_site: u32,
+}
+
+impl Block {
+    /// A block of no page, in one piece.
+    fn at(start: u32, len: u32) -> Self {
+        Self {
+            key: PageKey {
+                gpa: u64::MAX,
+                mode: Mode::default(),
+            },
+            guest: 0,
+            start,
+            len,
+            cold: u32::MAX,
+            cold_len: 0,
+            first_site: 0,
+        }
+    }
+
+    fn of(self, key: PageKey, guest: u16) -> Self {
+        Self { key, guest, ..self }
+    }
+
+    /// Place in the cache of byte `inside`, counted as if the block were one piece.
+    fn place(&self, inside: u32) -> u32 {
+        if inside < self.len {
+            self.start + inside
+        } else {
+            self.cold + (inside - self.len)
+        }
+    }
+
+    /// The inverse of [`Self::place`].
+    fn inside(&self, place: u32) -> Option<u32> {
+        if (self.start..self.start + self.len).contains(&place) {
+            return Some(place - self.start);
+        }
+        let cold = (self.cold..self.cold + self.cold_len).contains(&place);
+        cold.then(|| place - self.cold + self.len)
+    }
 }
 
 struct Page {
@@ -175,6 +223,9 @@ struct InstalledLink {
 #[derive(Default)]
 struct Inner {
     next: u32,
+    /// The rarely run parts of blocks lie at the end of the cache and grow downwards: what runs
+    /// often stays close together.
+    cold: u32,
     blocks: Vec<Block>,
     sites: Vec<(u32, Site)>,
     links: Vec<InstalledLink>,
@@ -254,16 +305,18 @@ impl CodeCache {
         for routine in routines() {
             let start = self.first_free.next_multiple_of(BLOCK_ALIGNMENT);
             let block = build(routine, host);
-            let code = self.relocate(&Inner::default(), &block, start);
+            let place = Block::at(start, u32_of(block.code.len()));
+            let code = self.relocate(&Inner::default(), &block, &place);
             self.write(start, &code);
             self.routines.insert(routine, start);
-            self.first_free = start + u32_of(code.len());
+            self.first_free = start + place.len;
         }
     }
 
     fn reset(&self, inner: &mut Inner) {
         *inner = Inner {
             next: self.first_free,
+            cold: self.size,
             // Map 0 is the miss map: all its elements are block 0.
             maps: 1,
             ..Inner::default()
@@ -280,6 +333,8 @@ impl CodeCache {
             guest: 0,
             start: 0,
             len: self.first_free,
+            cold: self.size,
+            cold_len: 0,
             first_site: 0,
         });
     }
@@ -311,7 +366,8 @@ impl CodeCache {
 
     /// Bytes of code in use.
     pub(crate) fn used_bytes(&self) -> u64 {
-        u64::from(self.lock().next)
+        let inner = self.lock();
+        u64::from(inner.next + (self.size - inner.cold))
     }
 
     fn address(&self, offset: u32) -> u64 {
@@ -412,23 +468,16 @@ impl CodeCache {
         if let Some(body) = self.present(&inner, key, new.guest, plain) {
             return Ok(Some(body));
         }
-        let start = inner.next.next_multiple_of(BLOCK_ALIGNMENT);
-        let len = u32_of(new.code.len());
         let number = u32_of(inner.blocks.len());
-        if start + len > self.size || (number as usize + 1) * 8 > BLOCKS_BYTES {
+        let block = inner.room(new)?.of(key, new.guest);
+        if (number as usize + 1) * 8 > BLOCKS_BYTES {
             return Err(Full);
         }
-        let first_site = u32_of(inner.sites.len());
-        let code = self.relocate(&inner, new, start);
-        self.write(start, &code);
-        inner.next = start + len;
-        inner.blocks.push(Block {
-            key,
-            guest: new.guest,
-            start,
-            len,
-            first_site,
-        });
+        let code = self.relocate(&inner, new, &block);
+        let (hot, cold) = code.split_at(new.hot_len);
+        self.write(block.start, hot);
+        self.write(block.cold, cold);
+        inner.take(block);
         inner
             .sites
             .extend(new.sites.iter().map(|&site| (number, site)));
@@ -441,14 +490,15 @@ impl CodeCache {
         let page = inner.pages.get_mut(&key).ok_or(Full)?;
         page.blocks.push(number);
         page.parts |= new.parts;
-        self.note_block(start, len, key, new.guest);
-        self.set_block(number, start);
+        self.note_block(block.start, block.len, key, new.guest);
+        self.note_block(block.cold, block.cold_len, key, new.guest);
+        self.set_block(number, block.start);
         if plain {
             page.plain.insert(new.guest, number);
         } else {
             Self::map_element(map, new.guest).store(number, Ordering::SeqCst);
         }
-        Ok(Some(self.address(start + BODY_ENTRY)))
+        Ok(Some(self.address(block.start + BODY_ENTRY)))
     }
 
     /// A line for `perf`: address, length, name.
@@ -477,7 +527,7 @@ impl CodeCache {
         self.present(&self.lock(), key, guest, true)
     }
 
-    fn relocate(&self, inner: &Inner, new: &NewBlock, start: u32) -> Vec<u8> {
+    fn relocate(&self, inner: &Inner, new: &NewBlock, block: &Block) -> Vec<u8> {
         let mut code = new.code.clone();
         let rebase = |code: &mut Vec<u8>, place: usize, by: usize| {
             let mut word = [0; 4];
@@ -500,10 +550,11 @@ impl CodeCache {
             .iter()
             .map(|(place, routine)| (*place, self.routines[routine]));
         for (place, target) in gates.chain(routines) {
-            let target = i64::from(target);
-            let distance = target - i64::from(start) - i64::from(u32_of(place)) - 4;
-            let distance = i32::try_from(distance).expect("the cache is smaller than 2 GiB");
-            code[place..place + 4].copy_from_slice(&distance.to_le_bytes());
+            set_distance(&mut code, place, block.place(u32_of(place)), target);
+        }
+        for (&place, &target) in &new.branches {
+            let target = block.place(u32_of(target));
+            set_distance(&mut code, place, block.place(u32_of(place)), target);
         }
         code
     }
@@ -519,27 +570,12 @@ impl CodeCache {
             return Ok(address);
         }
         let new = build();
-        let start = inner.next.next_multiple_of(BLOCK_ALIGNMENT);
-        let len = u32_of(new.code.len());
-        if start + len > self.size {
-            return Err(Full);
-        }
-        let code = self.relocate(&inner, &new, start);
-        self.write(start, &code);
-        inner.next = start + len;
-        let first_site = u32_of(inner.sites.len());
         // A block of no page, so that faults in it are recognised as nobody's.
-        inner.blocks.push(Block {
-            key: PageKey {
-                gpa: u64::MAX,
-                mode: Mode::default(),
-            },
-            guest: 0,
-            start,
-            len,
-            first_site,
-        });
-        let address = self.address(start);
+        let block = inner.room(&new)?;
+        let code = self.relocate(&inner, &new, &block);
+        self.write(block.start, &code);
+        inner.take(block);
+        let address = self.address(block.start);
         inner.scratch.insert(key.to_vec(), address);
         Ok(address)
     }
@@ -555,19 +591,19 @@ impl CodeCache {
     pub(crate) fn locate(&self, pc: u64) -> Option<(Block, Option<Site>)> {
         let offset = self.offset(pc)?;
         let inner = self.lock();
-        let index = inner
-            .blocks
-            .partition_point(|block| block.start <= offset)
-            .checked_sub(1)?;
-        let block = inner.blocks[index];
-        if offset >= block.start + block.len {
-            return None;
+        let blocks = &inner.blocks;
+        let index = if offset < inner.cold {
+            blocks.partition_point(|block| block.start <= offset)
+        } else {
+            blocks.partition_point(|block| block.cold > offset) + 1
         }
+        .checked_sub(1)?;
+        let block = *blocks.get(index)?;
+        let inside = block.inside(offset)?;
         let end = inner
             .blocks
             .get(index + 1)
             .map_or(inner.sites.len(), |next| next.first_site as usize);
-        let inside = offset - block.start;
         let site = inner.sites[block.first_site as usize..end]
             .iter()
             .map(|&(_, site)| site)
@@ -577,7 +613,7 @@ impl CodeCache {
 
     /// Host address of byte `inside` of `block`.
     pub(crate) fn pc(&self, block: &Block, inside: u32) -> u64 {
-        self.address(block.start + inside)
+        self.address(block.place(inside))
     }
 
     /// Link `number`, with its block.
@@ -607,7 +643,7 @@ impl CodeCache {
         } else {
             target
         };
-        let place = block.start + installed.link.place;
+        let place = block.place(installed.link.place);
         let distance = target.wrapping_sub(place + 4);
         let at = self.writable.start() + u64::from(place);
         // SAFETY: the place lies in the cache and is aligned (the translator pads it), so other
@@ -695,6 +731,45 @@ impl CodeCache {
         self.generation.fetch_add(1, Ordering::SeqCst);
         self.clearing.store(false, Ordering::SeqCst);
     }
+}
+
+impl Inner {
+    /// Where `new` fits, as a block of no page.
+    fn room(&self, new: &NewBlock) -> Result<Block, Full> {
+        let hot_len = u32_of(new.hot_len);
+        let cold_len = u32_of(new.code.len() - new.hot_len);
+        let start = self.next.next_multiple_of(BLOCK_ALIGNMENT);
+        // What is aligned in the block stays so in either piece.
+        let cold = self
+            .cold
+            .checked_sub(cold_len + 2 * BLOCK_ALIGNMENT)
+            .ok_or(Full)?
+            / BLOCK_ALIGNMENT
+            * BLOCK_ALIGNMENT
+            + hot_len % BLOCK_ALIGNMENT;
+        if start + hot_len > cold {
+            return Err(Full);
+        }
+        Ok(Block {
+            cold,
+            cold_len,
+            first_site: u32_of(self.sites.len()),
+            ..Block::at(start, hot_len)
+        })
+    }
+
+    fn take(&mut self, block: Block) {
+        self.next = block.start + block.len;
+        self.cold = block.cold;
+        self.blocks.push(block);
+    }
+}
+
+/// Points the branch displacement in `code` at `index`, which will lie at `place`, at `target`.
+fn set_distance(code: &mut [u8], index: usize, place: u32, target: u32) {
+    let distance = i64::from(target) - i64::from(place) - 4;
+    let distance = i32::try_from(distance).expect("the cache is smaller than 2 GiB");
+    code[index..index + 4].copy_from_slice(&distance.to_le_bytes());
 }
 
 /// Which 64-byte parts of a page `len` bytes at `first` touch.

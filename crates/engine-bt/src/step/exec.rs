@@ -359,6 +359,7 @@ impl ScratchPlan {
 
     fn build(&self) -> NewBlock {
         NewBlock {
+            hot_len: self.code.code.len(),
             code: self.code.code.clone(),
             gate_places: vec![(self.gate, Gate::Done)],
             ..NewBlock::default()

@@ -98,6 +98,7 @@ pub(crate) fn build(routine: Routine, host: Host) -> NewBlock {
         Routine::FinishWrite { size, .. } => emitter.finish_routine(size),
     }
     NewBlock {
+        hot_len: emitter.asm.here(),
         code: emitter.asm.code,
         gate_places: emitter.gate_places,
         ..NewBlock::default()

@@ -86,10 +86,13 @@ pub(crate) fn emit_block_listed(
     if items.last().is_none_or(falls_through) {
         emitter.jump_to(i64::from(end));
     }
-    starts.push(emitter.asm.here());
+    let hot_len = emitter.asm.here();
+    starts.push(hot_len);
     emitter.finish_cold();
     seen |= crate::code::parts(request.offset, end - request.offset);
     let block = NewBlock {
+        hot_len,
+        branches: emitter.asm.branches,
         code: emitter.asm.code,
         guest: request.offset,
         parts: seen,
