@@ -68,10 +68,7 @@ pub(crate) fn live_before(request: &Request<'_>, items: &[Item]) -> (Vec<u32>, u
 
 /// Flags that the code at `offset` reads before it writes them, as far as it is in this page.
 fn live_at(request: &Request<'_>, offset: i64, seen: &mut u64) -> u32 {
-    let Some(start) = usize::try_from(offset)
-        .ok()
-        .filter(|&at| at < PAGE_BYTES)
-    else {
+    let Some(start) = usize::try_from(offset).ok().filter(|&at| at < PAGE_BYTES) else {
         return ARITHMETIC;
     };
     let mut decoder = Decoder::with_ip(

@@ -101,6 +101,8 @@ pub(crate) enum Across<'a> {
     Write(&'a Item),
     /// In a translation without groups, from this offset on.
     Ungroup(u16),
+    /// It can't: its place in the page is known.
+    Never,
 }
 
 impl Emitter<'_> {
@@ -115,13 +117,12 @@ impl Emitter<'_> {
         let Role::Member { group, delta } = role else {
             let site = self.open_site(kind, opening.offset);
             let address = self.address(opening.address, 0);
-            self.probe(
-                site,
-                address,
-                opening.bytes,
-                opening.write,
-                opening.crossing,
-            );
+            let crossing = if stays_in_page(opening.address, opening.bytes) {
+                Across::Never
+            } else {
+                opening.crossing
+            };
+            self.probe(site, address, opening.bytes, opening.write, crossing);
             let spot = Spot {
                 base: address,
                 index: Some(T1),
@@ -222,7 +223,7 @@ impl Emitter<'_> {
         if keep {
             self.park_flags();
         }
-        let misaligned = (bytes > 1).then(|| {
+        let misaligned = (bytes > 1 && !matches!(across, Across::Never)).then(|| {
             let mask = bytes.next_power_of_two() - 1;
             self.asm.test_low(address, u8::try_from(mask).unwrap_or(63));
             self.asm.jcc(NZ)
@@ -271,7 +272,7 @@ impl Emitter<'_> {
                     end: 0,
                 })
             }
-            Across::Monitor => Crossing::Monitor,
+            Across::Monitor | Across::Never => Crossing::Monitor,
         }
     }
 
@@ -589,6 +590,17 @@ impl Emitter<'_> {
             self.asm.mov(to, Reg(u8::try_from(number).unwrap_or(0)));
         }
     }
+}
+
+/// Whether an operand lies within one page wherever the code is mapped: one that is addressed by RIP
+/// is as far into its page as the code is into its own.
+fn stays_in_page(address: Address<'_>, bytes: u16) -> bool {
+    let Address::Operand(instruction) = address else {
+        return false;
+    };
+    instruction.is_ip_rel_memory_operand()
+        && !has_base(instruction.memory_segment())
+        && instruction.ip_rel_memory_address() % 4096 + u64::from(bytes) <= 4096
 }
 
 /// FS and GS have bases in 64-bit mode; the others don't.
