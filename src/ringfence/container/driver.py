@@ -325,9 +325,9 @@ def _plan(
 
     kinds = [*_KINDS, "user"] if maps is not None else list(_KINDS)
     root = host_tree.root_plan(spec, place, stack, own_users=maps is not None)
-    standard = mount_table(
-        template.mounts(rootless=maps is not None and not maps.many), group, kinds
-    )
+    table = template.mounts(rootless=maps is not None and not maps.many)
+    # What it may use is not its own to read: a machine has no control groups inside.
+    standard = mount_table([m for m in table if m["type"] != "cgroup"], group, kinds)
     links = root.get("links")
     root.update(
         propagation=flags.PROPAGATION["rslave"],
