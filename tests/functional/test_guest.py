@@ -110,6 +110,13 @@ def guest(stack: contextlib.ExitStack, folder: Path) -> Iterator[Guest]:
         yield guest
 
 
+def test_the_agent_is_small_and_needs_nothing() -> None:
+    program = agent_program().read_bytes()
+    assert len(program) < 2 << 20
+    assert b"/ld-linux" not in program
+    assert b"/ld-musl" not in program
+
+
 def test_the_kernel_is_the_one_that_was_chosen(guest: Guest) -> None:
     assert guest.agent.kernel == guest.kernel.version
     code, output, _ = guest.run(ExecSpec(argv=("uname", "-r")))

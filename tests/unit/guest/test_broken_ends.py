@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import socket
 import struct
 import threading
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ringfence.errors import AgentError, GuestError, GuestTimeout
+from ringfence.errors import AgentError, GuestError, GuestTimeout, RingfenceError
 from ringfence.guest.agent import Agent
 from ringfence.guest.frames import Kind
 from ringfence.guest.spec import ExecSpec
@@ -221,6 +222,37 @@ def test_a_refusal_is_the_guests_words() -> None:
     error = json.dumps({"kind": "guest", "message": "no such thing", "errno": 2}).encode()
     with pytest.raises(GuestError, match="no such thing"):
         guest(frame(Kind.ERROR, error)).stats()
+
+
+def random_stream(chance: random.Random) -> bytes:
+    """Frames of any kind and words that are nearly right, now and then bytes that are no frame."""
+    words = [b"{}", b'{"pid":1}', b'{"code":0}', b'{"signal":9,"timed_out":1}', b'{"code":[]}', b""]
+    stream = b""
+    for _ in range(chance.randrange(12)):
+        payload = bytearray(chance.choice([*words, chance.randbytes(chance.randrange(9))]))
+        if payload and chance.random() < 0.3:
+            payload[chance.randrange(len(payload))] = chance.randrange(256)
+        kind = chance.choice([*Kind, 17, 18, 19, 22, chance.randrange(256)])
+        stream += frame(kind, bytes(payload))
+    return stream if chance.random() < 0.8 else stream + chance.randbytes(20)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_a_guest_sends_ends_in_an_answer_or_an_error_of_ours(seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(400):
+        ours, theirs = socket.socketpair()
+        theirs.sendall(random_stream(chance))
+        theirs.shutdown(socket.SHUT_WR)
+        agent = Agent.attach(lambda ours=ours: ours)  # type: ignore[misc]
+        with theirs:
+            try:
+                if chance.random() < 0.5:
+                    exec_whole(agent)
+                else:
+                    agent.files.stat("/x")
+            except RingfenceError:
+                pass
 
 
 def accept(*messages: tuple[bytes, bool]) -> Agent:
