@@ -230,8 +230,15 @@ impl Core {
 
     /// What follows a write to RAM by the monitor.
     pub(crate) fn wrote_ram(&mut self, gpa: u64, len: usize) {
-        self.log_dirty(gpa & !(PAGE - 1));
-        self.after_write(gpa, len);
+        let (mut gpa, mut len) = (gpa, len);
+        while len > 0 {
+            let room = usize::try_from(PAGE - gpa % PAGE).unwrap_or(1);
+            let part = len.min(room);
+            self.log_dirty(gpa & !(PAGE - 1));
+            self.after_write(gpa, part);
+            gpa += part as u64;
+            len -= part;
+        }
     }
 
     /// Drops translations that a write to RAM has made stale.

@@ -5,10 +5,12 @@ use ringfence_engine::VcpuExit;
 
 /// Exception vectors (SDM 3A §6.15).
 pub(crate) mod vector {
+    pub(crate) const DIVIDE: u8 = 0;
     pub(crate) const DEBUG: u8 = 1;
     pub(crate) const NMI: u8 = 2;
     pub(crate) const BREAKPOINT: u8 = 3;
     pub(crate) const OVERFLOW: u8 = 4;
+    pub(crate) const BOUND: u8 = 5;
     pub(crate) const INVALID_OPCODE: u8 = 6;
     pub(crate) const DEVICE_NOT_AVAILABLE: u8 = 7;
     pub(crate) const DOUBLE_FAULT: u8 = 8;

@@ -21,20 +21,21 @@ const ERROR_PERMISSION: i64 = -1;
 impl Core {
     /// Publishes the time of day at which the machine clock was zero.
     pub(crate) fn write_wall_clock(&mut self, value: u64) -> Result<(), Stop> {
-        self.msrs.wall_clock = value;
         let wall = self.shared.clock.wall_at_zero();
         let seconds = u32::try_from(wall.as_secs()).unwrap_or(u32::MAX);
         let mut image = [0; 12];
         image[0..4].copy_from_slice(&2_u32.to_le_bytes());
         image[4..8].copy_from_slice(&seconds.to_le_bytes());
         image[8..12].copy_from_slice(&wall.subsec_nanos().to_le_bytes());
-        self.write_physical(value, &image)
+        self.write_physical(value, &image)?;
+        self.msrs.wall_clock = value;
+        Ok(())
     }
 
     /// Publishes how to turn TSC ticks into nanoseconds.
     pub(crate) fn write_system_time(&mut self, value: u64) -> Result<(), Stop> {
-        self.msrs.system_time = value;
         if value & ENABLE == 0 {
+            self.msrs.system_time = value;
             return Ok(());
         }
         let (multiplier, shift) = tsc_scale(tsc_khz());
@@ -47,7 +48,9 @@ impl Core {
         image[24..28].copy_from_slice(&multiplier.to_le_bytes());
         image[28] = shift.cast_unsigned();
         image[29] = FLAG_TSC_STABLE;
-        self.write_physical(value & !ENABLE, &image)
+        self.write_physical(value & !ENABLE, &image)?;
+        self.msrs.system_time = value;
+        Ok(())
     }
 
     fn write_physical(&mut self, gpa: u64, data: &[u8]) -> Result<(), Stop> {

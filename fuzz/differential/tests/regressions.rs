@@ -268,6 +268,15 @@ mod tests {
     }
 
     #[test]
+    fn an_earlier_x87_error_meets_an_mmx_store_across_pages() {
+        // fxch with an empty register, then movq [rsi], mm0.
+        check(&[0xd9, 0xc9, 0x0f, 0x7f, 0x06], |state| {
+            state.xsave[0] = 0x7e;
+            state.gpr[RSI] = PAGE_END - 3;
+        });
+    }
+
+    #[test]
     fn high_byte_registers_keep_their_instructions_without_rex() {
         // mov ah, [rsi]; add [rdi + 8], bh; xchg [rsi], ch.
         let code = [&[0x8a, 0x26][..], &[0x00, 0x7f, 0x08], &[0x86, 0x2e]].concat();

@@ -4,6 +4,7 @@
 //! copy, and runs any other one by itself in a scratch block with its memory operand bounced
 //! through the monitor. It is precise in every mode; the translator is an optimisation of it.
 
+mod decimal;
 mod exec;
 mod flow;
 mod rules;
@@ -129,6 +130,9 @@ impl Core {
             return self.execute_string(instruction);
         }
         if let Some(flow) = self.execute_system(instruction, next)? {
+            return Ok(flow);
+        }
+        if let Some(flow) = self.execute_decimal(instruction)? {
             return Ok(flow);
         }
         if self.execute_xsave(instruction)? {
@@ -440,6 +444,13 @@ pub(crate) fn is_emulated(instruction: &Instruction) -> bool {
             | M::Ud1
             | M::Ud2
             | M::Bound
+            | M::Aaa
+            | M::Aas
+            | M::Aam
+            | M::Aad
+            | M::Daa
+            | M::Das
+            | M::Salc
             | M::Xbegin
             | M::Xend
             | M::Xabort

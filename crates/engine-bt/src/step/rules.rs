@@ -67,7 +67,7 @@ pub(super) fn waits_for_x87(instruction: &Instruction) -> bool {
 /// and they write every byte of their operand.
 pub(crate) fn is_plain_store(instruction: &Instruction) -> bool {
     use Mnemonic as M;
-    matches!(
+    let named = matches!(
         instruction.mnemonic(),
         M::Mov
             | M::Movups
@@ -90,7 +90,8 @@ pub(crate) fn is_plain_store(instruction: &Instruction) -> bool {
             | M::Vmovhpd
             | M::Vextractf128
             | M::Vextracti128
-    )
+    );
+    named && !waits_for_x87(instruction)
 }
 
 /// Moves of the elements that a mask register chooses; the others aren't touched, not even to see

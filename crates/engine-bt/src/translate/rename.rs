@@ -144,6 +144,14 @@ pub(crate) fn general_form(instruction: &Instruction) -> Instruction {
         C::Inc_r32 => C::Inc_rm32,
         C::Dec_r16 => C::Dec_rm16,
         C::Dec_r32 => C::Dec_rm32,
+        C::Add_rm8_imm8_82 => C::Add_rm8_imm8,
+        C::Or_rm8_imm8_82 => C::Or_rm8_imm8,
+        C::Adc_rm8_imm8_82 => C::Adc_rm8_imm8,
+        C::Sbb_rm8_imm8_82 => C::Sbb_rm8_imm8,
+        C::And_rm8_imm8_82 => C::And_rm8_imm8,
+        C::Sub_rm8_imm8_82 => C::Sub_rm8_imm8,
+        C::Xor_rm8_imm8_82 => C::Xor_rm8_imm8,
+        C::Cmp_rm8_imm8_82 => C::Cmp_rm8_imm8,
         other => other,
     };
     let mut general = *instruction;
