@@ -300,9 +300,15 @@ pub fn decoder_options() -> u32 {
 }
 
 impl Encodings {
-    /// Enumerates.
+    /// What both sides can be compared on.
     #[must_use]
     pub fn new() -> Self {
+        Self::enumerate(is_comparable)
+    }
+
+    /// All that `wanted` takes.
+    #[must_use]
+    pub fn enumerate(wanted: impl Fn(&Instruction) -> bool) -> Self {
         let mut found: BTreeMap<Code, (Instruction, BTreeMap<[u8; 7], Form>)> = BTreeMap::new();
         for form in shapes() {
             for reg in 0..8_u8 {
@@ -322,7 +328,7 @@ impl Encodings {
                         displacement: [0; 4],
                     };
                     let instruction = decode(&form.bytes(&fill), 0);
-                    if instruction.is_invalid() || !is_comparable(&instruction) {
+                    if instruction.is_invalid() || !wanted(&instruction) {
                         continue;
                     }
                     let key = [

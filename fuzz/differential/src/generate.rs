@@ -60,9 +60,13 @@ impl Generator {
     /// A generator over all encodings.
     #[must_use]
     pub fn new() -> Self {
-        Self {
-            encodings: Encodings::new(),
-        }
+        Self::with(Encodings::new())
+    }
+
+    /// A generator over these encodings.
+    #[must_use]
+    pub fn with(encodings: Encodings) -> Self {
+        Self { encodings }
     }
 
     /// The encodings.

@@ -138,7 +138,21 @@ impl Guest {
         Ok(guest)
     }
 
-    fn write(&self, address: u64, bytes: &[u8]) {
+    /// Its vCPU.
+    pub(crate) fn vcpu(&mut self) -> &mut dyn Vcpu {
+        self.vcpu.as_mut()
+    }
+
+    /// Kicks the vCPU at random moments from now on, or no more.
+    pub(crate) fn kick_all_the_time(&self, on: bool) {
+        if on {
+            self.kicker.watch(true);
+        } else {
+            self.kicker.rest();
+        }
+    }
+
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
         self.ram
             .memory()
             .write_slice(bytes, GuestAddress(address))
@@ -287,8 +301,7 @@ impl Guest {
     }
 
     fn run_to_end(&mut self, cases: usize, manner: Manner) -> Result<(), Failure> {
-        self.kicker
-            .watch(if manner == Manner::Kicked { 1 } else { 0 });
+        self.kicker.watch(manner == Manner::Kicked);
         let mut steps = 0_usize;
         loop {
             let exit = self.vcpu.run().map_err(Failure::Engine)?;
@@ -340,7 +353,7 @@ impl Tables<'_> {
     }
 }
 
-fn enter_long_mode(state: &mut VcpuState, start: u64) {
+pub(crate) fn enter_long_mode(state: &mut VcpuState, start: u64) {
     state.msrs.clear();
     state.xsave.clear();
     state.lapic.clear();
@@ -412,8 +425,8 @@ impl Kicker {
         }
     }
 
-    fn watch(&self, restless: u64) {
-        self.shared.restless.store(restless != 0, Ordering::SeqCst);
+    fn watch(&self, restless: bool) {
+        self.shared.restless.store(restless, Ordering::SeqCst);
         self.shared.batch.fetch_add(1, Ordering::SeqCst);
         if let Some(thread) = &self.thread {
             thread.thread().unpark();

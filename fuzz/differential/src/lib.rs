@@ -12,13 +12,16 @@
 pub mod case;
 pub mod compare;
 pub mod encodings;
+pub mod every;
 pub mod generate;
 pub mod guest;
+pub mod hostile;
 mod idioms;
 pub mod layout;
 pub mod minimise;
 pub mod native;
 pub mod random;
+mod recipes;
 pub mod registers;
 mod ring0;
 pub mod session;
