@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import boot, bt, images, results, vm
+from benchmarks import boot, bt, commands, images, results, vm
 
-SUITES = ("boot", "vm", "bt", "images")
+SUITES = ("boot", "commands", "vm", "images", "bt")
 
 
 def main() -> int:
@@ -20,7 +20,9 @@ def main() -> int:
     run.add_argument("suites", nargs="*", choices=[*SUITES, []], help="all when none is named")
     run.add_argument("--rounds", type=int, default=3)
     run.add_argument("--quick", action="store_true", help="one round, no whole programs")
-    run.add_argument("--engine", choices=["bt", "kvm"], default="bt", help="of boot and vm")
+    run.add_argument(
+        "--engine", choices=["bt", "kvm"], default="bt", help="of boot, commands and vm"
+    )
     run.add_argument("--out", type=Path)
     compare = verbs.add_parser("compare", help="two runs beside each other")
     compare.add_argument("before", type=Path)
@@ -34,6 +36,8 @@ def main() -> int:
     for name in options.suites or SUITES:
         if name == "boot":
             suites += boot.run(rounds, engine=options.engine, log=sys.stderr.write)
+        if name == "commands":
+            suites += commands.run(rounds, engine=options.engine, log=sys.stderr.write)
         if name == "vm":
             suites += vm.run(rounds, engine=options.engine, log=sys.stderr.write)
         if name == "bt":
