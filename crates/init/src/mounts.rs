@@ -201,7 +201,11 @@ fn propagate(tree: &Tree, mount: &Mount) -> Result<(), InitError> {
 pub(crate) fn copy_owner(from: &Path, to: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::MetadataExt;
     let status = fs::metadata(from)?;
-    std::os::unix::fs::chown(to, Some(status.uid()), Some(status.gid()))?;
+    match std::os::unix::fs::chown(to, Some(status.uid()), Some(status.gid())) {
+        // An owner that has no number in this user namespace: the copy is its root's.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+        result => result?,
+    }
     fs::set_permissions(to, status.permissions())
 }
 

@@ -26,6 +26,7 @@ _EMPTY = (
     "home", "media", "mnt", "opt", "root", "run", "srv",
     "var/cache", "var/lib", "var/log", "var/spool",
 )  # fmt: skip
+_GENERATED = ("group", "machine-id", "mtab", "passwd")
 _OPEN = ("tmp", "var/tmp")
 # MOUNT_ATTR_*: read only, no setuid, no devices.
 _READ_ONLY, _VOLUME = 1, 2 | 4
@@ -104,7 +105,8 @@ def _hidden_in_etc() -> list[str]:
     old = now - _Seen.at > _LOOKED_S or not _Seen.folders
     if old or _changes(_Seen.folders) != _Seen.folders:
         _Seen.folders = _changes([folder for folder, _below, _files in os.walk("/etc")])
-        _Seen.hidden = sorted(host_root.hidden_in_etc(Path("/etc")))
+        # What gets a text of its own is hidden too: the host's can't be replaced by users.
+        _Seen.hidden = sorted({*host_root.hidden_in_etc(Path("/etc")), *_GENERATED})
         _Seen.at = now
     return _Seen.hidden
 
