@@ -34,6 +34,8 @@ mod segment;
 mod slab;
 mod switch;
 mod tcp;
+#[cfg(feature = "test-utils")]
+mod testing;
 mod udp;
 mod wire;
 mod world;

@@ -13,6 +13,7 @@
 pub mod agent;
 pub mod devices;
 pub mod fs;
+pub mod gateway;
 pub mod net;
 pub mod pci;
 pub mod qcow2;
@@ -29,6 +30,7 @@ pub const BODIES: &[(&str, Body)] = &[
     ("virtio_balloon", devices::balloon),
     ("virtio_block", devices::block),
     ("virtio_net", net::net),
+    ("gateway", gateway::gateway),
     ("virtio_vsock", vsock::vsock),
     ("virtio_fs", fs::fs),
     ("pci_root", pci::root),

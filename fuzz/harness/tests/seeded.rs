@@ -57,6 +57,11 @@ mod tests {
     }
 
     #[test]
+    fn gateway() {
+        run("gateway");
+    }
+
+    #[test]
     fn virtio_vsock() {
         run("virtio_vsock");
     }

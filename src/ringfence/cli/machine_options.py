@@ -79,8 +79,8 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 def _add_network_options(parser: argparse.ArgumentParser) -> None:
     network = parser.add_argument_group("its network")
     network.add_argument(
-        "--network", default="none", metavar="MODE",
-        help="none, user, isolated, nat, host-only, routed:CIDR, bridge:IF or a network's name (none)",
+        "--network", default="user", metavar="MODE",
+        help="none, user, isolated, nat, host-only, routed:CIDR, bridge:IF or a network's name (user)",
     )  # fmt: skip
     network.add_argument(
         "-p", "--publish", action="append", default=[], metavar="[IP:]HOST:GUEST[/udp]",

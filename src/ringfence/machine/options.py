@@ -64,7 +64,7 @@ class MachineOptions(TypedDict, total=False):
     user: str
     """Who runs commands."""
     network: str | Policy
-    """How it is connected; egress rules alone mean ``user``."""
+    """How it is connected (``user``): a mode, a network's name, or egress rules for ``user``."""
     ports: Iterable[str]
     """Published ports, ``"[IP:]HOST:GUEST[/udp]"``."""
     allow: Iterable[str]
@@ -151,10 +151,7 @@ def _network(options: MachineOptions) -> dict[str, object]:
             raise ConfigError(message)
         return {"network": "user", "policy": given}
     policy = Policy(allow=tuple(options.get("allow", ())), deny=tuple(options.get("deny", ())))
-    found: dict[str, object] = {"policy": policy}
-    if given is not None:
-        found["network"] = given
-    return found
+    return {"network": "user" if given is None else given, "policy": policy}
 
 
 def _root(options: MachineOptions) -> Root:

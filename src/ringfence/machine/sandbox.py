@@ -36,6 +36,8 @@ DEFAULT_COMMAND_S = 300.0
 class Sandbox(Machine):
     """A machine for code: no network, and a time limit on everything, unless said otherwise.
 
+    Egress rules or published ports say otherwise: they give it the network ``user``.
+
     Args:
         **options: See :class:`ringfence.machine.options.MachineOptions`. The machine lives an hour,
             and each command five minutes, unless said otherwise.
@@ -49,6 +51,8 @@ class Sandbox(Machine):
     def __init__(self, **options: Unpack[MachineOptions]) -> None:
         options.setdefault("timeout_s", DEFAULT_MACHINE_S)
         options.setdefault("command_timeout_s", DEFAULT_COMMAND_S)
+        asks = {"ports", "allow", "deny", "dns", "hosts"} & options.keys()
+        options.setdefault("network", "user" if asks else "none")
         super().__init__(None, **options)
 
     @classmethod

@@ -226,6 +226,9 @@ def attach(network: str, machine_id: str, kind: Kind, options: AttachOptions) ->
         RingfenceError: See :func:`ringfence.network.attach`.
     """
     store = Store()
+    if network.partition(":")[0] not in MODES:
+        # Nothing is made for a name that doesn't exist.
+        store.find(network)
     with store.locked():
         spec = _implicit(store, network)
         _heal_one(store, spec)
