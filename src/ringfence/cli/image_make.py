@@ -59,7 +59,7 @@ def _configure_build(building: argparse.ArgumentParser) -> None:
     building.add_argument(
         "--vcpus", type=int, default=1, metavar="N", help="processors for RUN (1)"
     )
-    building.add_argument("--network", default="none", metavar="MODE", help="for RUN (none)")
+    building.add_argument("--network", default="user", metavar="MODE", help="for RUN (user)")
     building.add_argument("-q", "--quiet", action="store_true", help="print the identity only")
 
 

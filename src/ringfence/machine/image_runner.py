@@ -12,6 +12,7 @@ from ringfence.machine.machine import Machine
 from ringfence.machine.spec import DirectoryRoot, MachineSpec, Mount
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import BinaryIO
 
     from ringfence.image.build.runner import RunStep
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MachineRunner"]
 
-# A guest's own file systems in memory lie over these; a build's files there are part of the image.
-_KEPT = ("tmp",)
+_SHOWN_OVER = ("hostname", "hosts", "resolv.conf")
 
 
 class MachineRunner:
@@ -49,14 +49,10 @@ class MachineRunner:
     def run(self, step: RunStep) -> int:
         """Runs a command to its end; see :class:`ringfence.image.build.runner.Runner`."""
         mounts = [
-            Mount(source=step.root / name, target=PurePosixPath("/") / name, read_only=False)
-            for name in _KEPT
-            if (step.root / name).is_dir() and not (step.root / name).is_symlink()
-        ]
-        mounts += [
             Mount(source=m.source, target=PurePosixPath(m.target), read_only=m.read_only)
             for m in step.mounts
         ]
+        _make_room(step.root)
         spec = MachineSpec(
             engine=self._engine,
             vcpus=self._vcpus,
@@ -67,20 +63,25 @@ class MachineRunner:
             env=dict(step.env),
             hostname="build",
         )
-        with (
-            Machine(spec, command=step.argv) as machine,
-            machine.popen(step.argv, workdir=step.workdir, user=step.user, stdin=False) as process,
-        ):
-            readers = [
-                threading.Thread(target=_pass_on, args=(stream, step), daemon=True)
-                for stream in (process.stdout, process.stderr)
-            ]
-            for reader in readers:
-                reader.start()
-            code = process.wait()
-            for reader in readers:
-                reader.join()
-        return code
+        with Machine(spec, command=step.argv) as machine:
+            return _attend(machine, step)
+
+
+def _attend(machine: Machine, step: RunStep) -> int:
+    """Run the command and pass on what it writes."""
+    with machine.popen(step.argv, workdir=step.workdir, user=step.user, stdin=False) as process:
+        readers = [
+            threading.Thread(target=_pass_on, args=(stream, step), daemon=True)
+            for stream in (process.stdout, process.stderr)
+        ]
+        for reader in readers:
+            reader.start()
+        code = process.wait()
+        for reader in readers:
+            reader.join()
+        if process.message:
+            step.output(f"{process.message}\n".encode())
+    return code
 
 
 def _pass_on(stream: BinaryIO, step: RunStep) -> None:
@@ -88,3 +89,12 @@ def _pass_on(stream: BinaryIO, step: RunStep) -> None:
     with contextlib.suppress(RingfenceError, OSError):
         while data := stream.read(1 << 16):
             step.output(data)
+
+
+def _make_room(root: Path) -> None:
+    """Make the files that the machine shows its own over; they never come into a layer."""
+    folder = root / "etc"
+    if folder.is_dir() and not folder.is_symlink():
+        for name in _SHOWN_OVER:
+            with contextlib.suppress(FileExistsError):
+                (folder / name).touch(exist_ok=False)
