@@ -12,7 +12,7 @@ from ringfence.image.config import ImageConfig, chain_ids
 from ringfence.image.locking import locked, try_lock
 from ringfence.image.manifests import Descriptor, Index, MediaType, parse_document
 from ringfence.image.references import Digest
-from ringfence.image.rootfs import remove_tree
+from ringfence.image.rootfs import MAPPED, remove_tree
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,7 +88,8 @@ def _drop_names(store: Store, *, every: bool) -> list[str]:
         if every and not unwanted:
             reach = _Reach(store)
             reach.add(tag.target)
-            unwanted = not any(_in_use(store.root / "layers" / name) for name in reach.layers)
+            folders = [name + end for name in reach.layers for end in ("", MAPPED)]
+            unwanted = not any(_in_use(store.root / "layers" / name) for name in folders)
         if unwanted and store.tags.remove(tag.name):
             dropped.append(tag.name)
     return dropped
@@ -105,7 +106,7 @@ def prune(store: Store, *, every: bool, timeout_s: float) -> Pruned:
             reach.blobs.add(digest)
         layers = 0
         for folder in list((store.root / "layers").iterdir()):
-            if folder.name not in reach.layers and not _in_use(folder):
+            if folder.name.removesuffix(MAPPED) not in reach.layers and not _in_use(folder):
                 # Out of sight first: a half removed layer must never be seen as one.
                 gone = store.blobs.temporary()
                 folder.rename(gone)

@@ -7,6 +7,8 @@ the digest of its whole stack.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -14,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ringfence.errors import FormatError, HostError, InternalError
+from ringfence.image import jsonio
 from ringfence.image.compression import Decompressed
 from ringfence.image.config import chain_ids
 from ringfence.image.erofs import write_erofs
+from ringfence.image.idmap import SubordinateIds, run_mapped
 from ringfence.image.locking import locked, try_lock
 from ringfence.image.merged import merge
 from ringfence.image.ownership import Ownership
@@ -27,10 +31,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    from ringfence.image.jsonio import Json
     from ringfence.image.manifests import Descriptor
     from ringfence.image.store import Image, Store
 
-__all__ = ["RootTree", "disk", "remove_tree", "rootfs", "tree_of"]
+MAPPED = "-mapped"
+"""Ends the name of a layer whose files belong to subordinate users."""
+
+__all__ = ["MAPPED", "RootTree", "disk", "remove_tree", "rootfs", "tree_of"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,19 +81,21 @@ class RootTree:
         self.close()
 
 
-def rootfs(store: Store, image: Image) -> RootTree:
+def rootfs(store: Store, image: Image, *, mapped: bool = False) -> RootTree:
     """What `Store.rootfs` does."""
     layers, diff_ids = image.manifest.layers, image.config.diff_ids
     if len(layers) != len(diff_ids):
         msg = f"image {image.name}: {len(layers)} layers, but {len(diff_ids)} digests of them"
         raise FormatError(msg)
-    return tree_of(store, layers, diff_ids)
+    ids = SubordinateIds.of_this_user() if mapped and os.geteuid() != 0 else None
+    return tree_of(store, layers, diff_ids, ids)
 
 
 def tree_of(
     store: Store,
     layers: Sequence[Descriptor],
     diff_ids: tuple[Digest, ...],
+    ids: SubordinateIds | None = None,
 ) -> RootTree:
     """A stack of layers, unpacked and held; as many digests of tars as layers."""
     found: list[Path] = []
@@ -93,7 +103,7 @@ def tree_of(
     with store.using():
         try:
             for blob, diff_id, chain in zip(layers, diff_ids, chain_ids(diff_ids), strict=True):
-                folder = _layer(store, blob, diff_id, chain, found)
+                folder = _layer(store, blob, (diff_id, chain), found, ids)
                 tree.leases.append(_lease(folder))
                 found.append(folder / "diff")
         except BaseException:
@@ -116,49 +126,61 @@ def _lease(folder: Path) -> int:
 def _layer(
     store: Store,
     blob: Descriptor,
-    diff_id: Digest,
-    chain: Digest,
+    names: tuple[Digest, Digest],
     lowers: Sequence[Path],
+    ids: SubordinateIds | None,
 ) -> Path:
-    """The layer's directory, unpacked if it wasn't."""
-    folders = [store.root / "layers" / name.hex for name in dict.fromkeys((diff_id, chain))]
+    """The layer's directory, unpacked if it wasn't; `names` are its own and its stack's."""
+    suffix = MAPPED if ids is not None else ""
+    folders = [store.root / "layers" / f"{name.hex}{suffix}" for name in dict.fromkeys(names)]
     for folder in folders:
         if (folder / "diff").is_dir():
             return folder
-    with locked(store.root / "partial" / f"layer-{diff_id.hex}.lock", shared=False):
+    with locked(store.root / "partial" / f"layer-{names[0].hex}{suffix}.lock", shared=False):
         for folder in folders:
             if (folder / "diff").is_dir():
                 return folder
-        return _unpack(store, blob, diff_id, chain, lowers)
+        work = store.blobs.temporary()
+        (work / "diff").mkdir(parents=True)
+        try:
+            found, leans = _unpack(store, blob, work / "diff", lowers, ids)
+            _check(blob, found, names[0])
+            (work / "lease").touch(mode=0o600)
+            target = folders[-1] if leans and lowers else folders[0]
+            work.rename(target)
+        except BaseException:
+            remove_tree(work)
+            raise
+    return target
 
 
 def _unpack(
     store: Store,
     blob: Descriptor,
-    diff_id: Digest,
-    chain: Digest,
+    target: Path,
     lowers: Sequence[Path],
-) -> Path:
-    work = store.blobs.temporary()
-    (work / "diff").mkdir(parents=True)
-    try:
-        with store.blobs.open(blob.digest) as file, Decompressed(file, store.limits) as tar:
-            done = unpack_layer(
-                tar,
-                work / "diff",
-                ownership=Ownership.default(),
-                limits=store.limits,
-                lowers=lowers,
-            )
-        _check(blob, tar.digest, diff_id)
-        (work / "lease").touch(mode=0o600)
-        name = chain if done.needs_lower and lowers else diff_id
-        target = store.root / "layers" / name.hex
-        work.rename(target)
-    except BaseException:
-        remove_tree(work)
-        raise
-    return target
+    ids: SubordinateIds | None,
+) -> tuple[Digest, bool]:
+    """Unpack; returns the tar's digest, and whether the layer leans on those below."""
+    if ids is not None:
+        request: dict[str, Json] = {
+            "blob": str(store.blobs.path(blob.digest)),
+            "target": str(target),
+            "lowers": [str(path) for path in lowers],
+            **dataclasses.asdict(store.limits),
+        }
+        answer = run_mapped(ids, request)
+        digest = Digest.parse(jsonio.text(answer, "digest", "answer"))
+        return digest, answer.get("needs_lower") is True
+    with store.blobs.open(blob.digest) as file, Decompressed(file, store.limits) as tar:
+        done = unpack_layer(
+            tar,
+            target,
+            ownership=Ownership.default(),
+            limits=store.limits,
+            lowers=lowers,
+        )
+    return tar.digest, done.needs_lower
 
 
 def disk(store: Store, image: Image) -> Path:
@@ -200,5 +222,9 @@ def remove_tree(path: Path) -> None:
     """Remove a tree of ours, directories without write permission too."""
     if os.geteuid() != 0:
         for folder, _, _ in os.walk(path):
-            Path(folder).chmod(0o700)
+            with contextlib.suppress(OSError):
+                Path(folder).chmod(0o700)
     shutil.rmtree(path, ignore_errors=True)
+    if path.exists() and os.geteuid() != 0 and (ids := SubordinateIds.of_this_user()) is not None:
+        # Files of subordinate users; who can make them can remove them.
+        run_mapped(ids, {"remove": str(path)})

@@ -284,8 +284,14 @@ class Store:
 
         return push.push(self, name, destination, plain_http=plain_http, progress=progress)
 
-    def rootfs(self, image: Image) -> RootTree:
+    def rootfs(self, image: Image, *, mapped: bool = False) -> RootTree:
         """The image's layers, unpacked, held against `prune` until the result is closed.
+
+        Args:
+            image: Which image.
+            mapped: For a user namespace whose user 0 is this user and whose others are this user's
+                subordinate ones: give files the image's owners in it. Where the host has given no
+                such, and for root, it changes nothing.
 
         Raises:
             FormatError: A layer isn't what its digest says, or is hostile.
@@ -293,7 +299,7 @@ class Store:
         """
         from ringfence.image import rootfs  # noqa: PLC0415 - decompressors are slow to import
 
-        return rootfs.rootfs(self, image)
+        return rootfs.rootfs(self, image, mapped=mapped)
 
     def disk(self, image: Image) -> Path:
         """The image as a read-only EROFS disk: opened, it stays whatever `prune` does.
