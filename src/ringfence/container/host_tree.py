@@ -163,7 +163,7 @@ def _layers(root: ImageRoot, stack: ExitStack) -> list[str]:
 
     store = Store()
     image = store.get(root.reference)
-    tree = stack.enter_context(store.rootfs(image))
+    tree = stack.enter_context(store.rootfs(image, mapped=True))
     return [str(path) for path in reversed(tree.layers)]
 
 
