@@ -24,7 +24,7 @@ test: test-rust test-python ## Run the whole suite
 
 test-rust: $(VENV)/.tools
 	$(PYTHON) tools/host_packages.py build test
-	cargo test --locked --workspace --quiet
+	cargo test --locked --workspace --quiet --no-fail-fast
 
 test-python: build wheel
 	$(PYTHON) tools/host_packages.py build test
