@@ -132,6 +132,8 @@ def test_it_is_a_machine_of_its_own(guest: Guest) -> None:
     assert "127.0.1.1\tinside" in lines
     _, output, _ = guest.run(sh("cat /proc/sys/kernel/randomize_va_space; ls /dev/fd/0 /dev/pts"))
     assert output.startswith(b"0\n/dev/fd/0\n")
+    # The host's programs have no modules for this kernel.
+    assert guest.run(sh("cat /proc/sys/kernel/modprobe"))[1].strip() == b""
 
 
 def test_exit_codes_streams_and_users(guest: Guest) -> None:

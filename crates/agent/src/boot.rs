@@ -236,6 +236,7 @@ fn be_set_up(
     thread::scope(|scope| {
         let network = scope.spawn(|| network::set_up(&setup.interfaces));
         root::enter(&setup.root, modules)?;
+        spare_modprobe();
         phases.end("root");
         root::mount_all(&setup.mounts, modules)?;
         phases.end("mounts");
@@ -250,6 +251,16 @@ fn be_set_up(
         fs::write(&path, value).tried(|| format!("cannot set {name}"))?;
     }
     answer_ready(link, std::mem::take(&mut phases.took_us))
+}
+
+/// Where the root has no modules for this kernel, its own requests for some need not start a program
+/// that finds none.
+fn spare_modprobe() {
+    let version = rustix::system::uname();
+    let folder = Path::new("/lib/modules").join(version.release().to_string_lossy().as_ref());
+    if !folder.is_dir() {
+        let _kept = fs::write("/proc/sys/kernel/modprobe", "\n");
+    }
 }
 
 fn limits(setup: &Setup) -> Result<Vec<(Resource, Rlimit)>, AgentError> {

@@ -32,7 +32,8 @@ use std::thread;
 
 /// Connections that are served at once.
 const MAX_CONNECTIONS: usize = 256;
-const STACK_BYTES: usize = 256 << 10;
+/// Room for removing directories that are thousands deep; only what is used takes memory.
+const STACK_BYTES: usize = 8 << 20;
 const NS: i64 = 1_000_000_000;
 
 /// What connections share.

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -162,8 +163,8 @@ def test_a_command_runs_as_the_user_that_is_asked(hosted: Hosted) -> None:
     for user in ("daemon", "1"):
         spec = ExecSpec(argv=("/bin/sh", "-c", script), user=user)
         assert hosted.run(spec)[1] == b"1\n1\n1\n/usr/sbin\n"
-    spec = ExecSpec(argv=("/bin/sh", "-c", script), user="4242:4343")
-    assert hosted.run(spec)[1] == b"4242\n4343\n4343\n/\n"
+    spec = ExecSpec(argv=("/bin/sh", "-c", script), user="54321:54322")
+    assert hosted.run(spec)[1] == b"54321\n54322\n54322\n/\n"
 
 
 def test_an_unknown_user_is_said(hosted: Hosted) -> None:
@@ -287,6 +288,22 @@ def test_files_are_written_read_moved_and_removed(hosted: Hosted, tmp_path: Path
         files.remove(folder)
     files.remove(f"{tmp_path}/a", recursive=True)
     assert not files.exists(f"{tmp_path}/a")
+
+
+def test_a_very_deep_directory_is_removed(hosted: Hosted, tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for _ in range(3000):
+            os.mkdir("d", dir_fd=folder)
+            inner = os.open("d", os.O_RDONLY, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        hosted.agent.files.remove(f"{tmp_path}/d", recursive=True)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        os.close(folder)
+        # Python's own way of removing it would be too deep for Python.
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
 
 
 def test_a_long_directory_is_listed_whole(hosted: Hosted, tmp_path: Path) -> None:
