@@ -280,7 +280,11 @@ fn become_user(
             rustix::process::setrlimit(*resource, *limit)?;
         }
         if !ours {
-            set_thread_groups(&groups)?;
+            match set_thread_groups(&groups) {
+                // In a container of one user nobody may set groups, and nobody has any.
+                Err(Errno::PERM) if groups.is_empty() => {}
+                result => result?,
+            }
             set_thread_res_gid(gid, gid, gid)?;
             set_thread_res_uid(uid, uid, uid)?;
         }

@@ -12,6 +12,7 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod bpf;
 mod console;
 mod devices;
 mod error;

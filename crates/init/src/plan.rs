@@ -33,6 +33,8 @@ pub(crate) struct Plan {
     /// Version 1: the `tasks` files of the cgroups that the process enters by itself.
     #[serde(default)]
     pub(crate) cgroup_tasks: Vec<String>,
+    /// Version 2: which devices may be used, as a program that the cgroup gets.
+    pub(crate) device_program: Option<Vec<u64>>,
     /// Descriptors beyond standard error that the process keeps.
     #[serde(default)]
     pub(crate) keep_descriptors: Vec<RawFd>,

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use rustix::fs::Mode;
 use rustix::fs::OFlags;
 
+use crate::bpf;
 use crate::console;
 use crate::error::InitError;
 use crate::error::Step;
@@ -36,6 +37,16 @@ pub(crate) fn run(plan: &Plan, runtime: &mut Runtime) -> Result<ExitCode, InitEr
     }
     // While paths and privileges are the host's.
     let cgroups = Cgroups::open(plan)?;
+    if let (Some(program), Some(path)) = (&plan.device_program, &plan.cgroup_directory) {
+        let directory = rustix::fs::open(
+            path.as_str(),
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .step(|| format!("open the cgroup {path}"))?;
+        bpf::attach_device_program(directory.as_fd(), program)
+            .step(|| format!("say which devices {path} may use"))?;
+    }
     namespaces(plan, runtime)?;
     let directory = cgroups.directory.as_ref().map(AsRawFd::as_raw_fd);
     let pid = sys::fork(true, directory).step(|| "create the container's process".to_owned())?;

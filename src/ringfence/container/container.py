@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ringfence.container.fields import Fields
     from ringfence.container.spec import Bundle
 
+# With this annotation "true", a small process 1 reaps orphans and passes signals on to the program.
+REAPER = "org.ringfence.reaper"
+
 __all__ = ["CreateOptions", "create", "destroy", "start"]
 
 
@@ -81,19 +84,18 @@ def create(bundle: Bundle, root: str, name: str, options: CreateOptions) -> tupl
     return state, launch
 
 
-def _prepare_group(bundle: Bundle, group: Group) -> None:
+def _prepare_group(bundle: Bundle, group: Group) -> dict[str, object]:
     resources = bundle.linux.table("resources")
     group.make()
     group.limit(resources)
-    place = group.directory("devices")
-    if place is not None and not group.rootless:
-        devices.allow_first_version(place, devices.rules(resources))
+    return devices.apply(group, devices.rules(resources))
 
 
 def _launch(bundle: Bundle, state: State, options: CreateOptions) -> Launch:
     group = state.group or Group([])
-    _prepare_group(bundle, group)
+    device_rules = _prepare_group(bundle, group)
     plan = bundle.plan(group)
+    plan.update(device_rules)
     root = plan["root"]
     inherit = list(options.keep)
     fifo = -1
@@ -103,6 +105,7 @@ def _launch(bundle: Bundle, state: State, options: CreateOptions) -> Launch:
         root["ask_hooks"] = bool(bundle.config.table("hooks").values)
     plan["start_hooks"] = hooks.inside(bundle.config, "startContainer")
     plan["keep_descriptors"] = options.keep
+    plan["reaper"] = state.annotations.get(REAPER) == "true"
     plan.update(group.entrance())
     if not options.no_keyring:
         plan["keyring"] = f"_ses.{state.name}"

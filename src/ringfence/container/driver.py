@@ -211,7 +211,7 @@ def _group(place: Place) -> Group:
     return Group.plan(path, rootless=os.geteuid() != 0, layout=hierarchies)
 
 
-def _limit(group: Group, spec: MachineSpec) -> None:
+def _limit(group: Group, spec: MachineSpec) -> dict[str, object]:
     size = spec.memory_mib << 20
     document = {
         # Swap would be the host's: none of it, as in a VM.
@@ -225,9 +225,7 @@ def _limit(group: Group, spec: MachineSpec) -> None:
         if not group.rootless:
             raise
         # Without delegation a user's machine has the user's own limits.
-    place = group.directory("devices")
-    if place is not None and not group.rootless:
-        devices.allow_first_version(place, devices.rules(Fields(_NO_DEVICES)))
+    return devices.apply(group, devices.rules(Fields(_NO_DEVICES)))
 
 
 _NO_DEVICES = {"devices": [{"allow": False, "access": "rwm"}]}
@@ -253,10 +251,11 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
     group = _group(place)
     stack.callback(_remove_group, group)
     group.make()
-    _limit(group, spec)
+    device_rules = _limit(group, spec)
     attachment = _attach(spec, place, stack)
     program = init_program.sealed_copy(str(_binaries.find("ringfence-agent")))
     plan = _plan(spec, place, stack, group, maps)
+    plan.update(device_rules)
     process = plan["process"]
     if isinstance(process, dict):
         process["program"] = program

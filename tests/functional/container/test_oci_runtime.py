@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -243,3 +244,70 @@ def test_a_hundred_containers_leave_nothing(runtime: Runtime, name: str, tmp_pat
     assert left_behind(name) == []
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+def test_a_reaper_passes_signals_on_and_gives_the_programs_status(
+    runtime: Runtime, name: str, tmp_path: Path
+) -> None:
+    script = "(sleep 0.1 &); trap 'exit 9' TERM; echo up $$; while :; do sleep 0.02; done"
+    bundle = make_bundle(
+        tmp_path / "b", "sh", "-c", script, annotations={"org.ringfence.reaper": "true"}
+    )
+    process = subprocess.Popen(
+        runtime.command("run", "--bundle", str(bundle), name), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+
+    assert process.stdout.readline() == "up 2\n"
+    time.sleep(0.3)
+    zombies = runtime("exec", name, "sh", "-c", "grep -l 'State:.Z' /proc/[0-9]*/status || true")
+    process.send_signal(signal.SIGTERM)
+
+    process.communicate(timeout=10)
+
+    assert process.returncode == 9
+    assert zombies == ""
+
+
+_SECOND_VERSION = """
+umount --lazy /sys/fs/cgroup/* /sys/fs/cgroup 2>/dev/null
+mount -t cgroup2 none /sys/fs/cgroup || exit 99
+"$@"
+"""
+
+
+def on_second_version(runtime: Runtime, *words: str, status: int = 0) -> str:
+    """The runtime on a host that has version 2 of control groups alone: in a mount namespace."""
+    command = ["unshare", "--mount", "sh", "-c", _SECOND_VERSION, "sh", *runtime.command(*words)]
+    with tempfile.TemporaryFile() as output:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=30, check=False
+        )
+        output.seek(0)
+        text = output.read().decode()
+    assert done.returncode == status, text
+    return text
+
+
+def test_version_2_alone_is_served(runtime: Runtime, name: str, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", "sleep", "100")
+    disk = Path("/").stat().st_dev
+    node = f"mknod /tmp/d b {os.major(disk)} {os.minor(disk)}; head -c 1 /tmp/d"
+
+    on_second_version(runtime, "run", "--detach", "--bundle", str(bundle), name)
+    own = on_second_version(runtime, "exec", name, "cat", "/proc/self/cgroup")
+    on_second_version(runtime, "pause", name)
+    paused = on_second_version(runtime, "list")
+    on_second_version(runtime, "resume", name)
+    device = on_second_version(
+        runtime, "exec", "--cap", "CAP_MKNOD", name, "sh", "-c", node, status=1
+    )
+    null = on_second_version(runtime, "exec", name, "sh", "-c", "head -c 3 /dev/zero | wc -c")
+    usage = on_second_version(runtime, "events", "--stats", name)
+    on_second_version(runtime, "delete", "--force", name)
+
+    assert f"0::/{name}" in own
+    assert "paused" in paused
+    assert "Operation not permitted" in device
+    assert null.strip() == "3"
+    assert json.loads(usage)["data"]["cpu"]["usage"]["total"] > 0
