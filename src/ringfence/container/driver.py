@@ -259,6 +259,8 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
     process = plan["process"]
     if isinstance(process, dict):
         process["program"] = program
+    if attachment is not None:
+        host_tree.tell_network(plan, attachment.interface)
     path = place.sockets / _SOCKET
     listener = sockets.listen(path)
     stack.callback(path.unlink, missing_ok=True)

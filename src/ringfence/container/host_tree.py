@@ -16,17 +16,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from contextlib import ExitStack
 
+    from ringfence.guest.spec import InterfaceSpec
     from ringfence.machine.driver import Place
     from ringfence.machine.spec import MachineSpec, Mount
 
-__all__ = ["hostname", "mount_plan", "root_plan"]
+__all__ = ["hostname", "mount_plan", "root_plan", "tell_network"]
 
 _PROGRAMS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _EMPTY = (
     "home", "media", "mnt", "opt", "root", "run", "srv",
     "var/cache", "var/lib", "var/log", "var/spool",
 )  # fmt: skip
-_GENERATED = ("group", "machine-id", "mtab", "passwd")
+_GENERATED = ("group", "machine-id", "mtab", "passwd", "resolv.conf")
 _OPEN = ("tmp", "var/tmp")
 # MOUNT_ATTR_*: read only, no setuid, no devices.
 _READ_ONLY, _VOLUME = 1, 2 | 4
@@ -156,6 +157,18 @@ def _files(spec: MachineSpec, place: Place) -> list[tuple[str, str]]:
     lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost", f"127.0.1.1 {name}"]
     lines += [f"{address} {host}" for host, address in spec.hosts.items()]
     return [("/etc/hostname", f"{name}\n"), ("/etc/hosts", "\n".join(lines) + "\n")]
+
+
+def tell_network(plan: dict[str, object], interface: InterfaceSpec) -> None:
+    """Adds where names are asked for to a plan whose root is the container's own."""
+    root = plan["root"]
+    files = root.get("files") if isinstance(root, dict) else None
+    if not isinstance(files, list) or not files or not interface.dns:
+        return
+    lines = [f"nameserver {address}" for address in interface.dns]
+    if interface.search:
+        lines.append(f"search {' '.join(interface.search)}")
+    files.append(("/etc/resolv.conf", "\n".join(lines) + "\n"))
 
 
 def _layers(root: ImageRoot, stack: ExitStack) -> list[str]:
