@@ -53,6 +53,8 @@ const LVT_WRITABLE: [u32; LVT_ENTRIES] = [
     0x1_a7ff, 0x1_a7ff, // LINT0, LINT1
     0x1_00ff, // error
 ];
+/// Delivery status and remote IRR.
+const LVT_READ_ONLY: u32 = 1 << 12 | 1 << 14;
 const LVT_TIMER_MODE_RESERVED: u32 = 3 << 17;
 /// Vector, software enable, focus checking.
 const SVR_WRITABLE: u32 = 0x3ff;
@@ -290,7 +292,10 @@ fn x2apic_writable(offset: u16) -> u32 {
     match offset {
         TPR | SELF_IPI => 0xff,
         SVR => SVR_WRITABLE,
-        LVT_FIRST..=LVT_LAST => lvt_of(offset).map_or(0, |index| LVT_WRITABLE[index]),
+        LVT_FIRST..=LVT_LAST => lvt_of(offset).map_or(0, |index| {
+            // Read-only isn't reserved: Linux writes back what it read on other machines.
+            LVT_WRITABLE[index] | LVT_READ_ONLY
+        }),
         INITIAL_COUNT => u32::MAX,
         DIVIDE => 0b1011,
         // EOI and ESR take zero only.

@@ -272,7 +272,7 @@ fn reserved_x2apic_registers_and_bits_fault() {
         (0x828, 1),
         (0x808, 0x100),
         (0x80f, 1 << 12),
-        (0x832, 1 << 12),
+        (0x832, 1 << 13),
         (0x830, 1 << 12),
         (0x838, 1 << 32),
         (0x802, 0),
@@ -281,6 +281,14 @@ fn reserved_x2apic_registers_and_bits_fault() {
         assert_eq!(cpu.write_msr(msr, value), Err(ApicFault), "{msr:#x}");
     }
     assert_eq!(Bench::new(1).cpus[0].read_msr(0x802), Err(ApicFault));
+}
+
+#[test]
+fn read_only_bits_of_lvt_entries_may_be_written_and_stay_clear() {
+    let bench = Bench::x2apic(1);
+    let cpu = &*bench.cpus[0];
+    cpu.write_msr(0x835, 0x5700).expect("allowed");
+    assert_eq!(cpu.read_msr(0x835), Ok(0x700));
 }
 
 // SDM 3A figure 11-27.
