@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import boot, bt, commands, images, results, vm
+from benchmarks import boot, bt, commands, images, network, results, vm
 
-SUITES = ("boot", "commands", "vm", "images", "bt")
+SUITES = ("boot", "commands", "vm", "images", "network", "bt")
 
 
 def main() -> int:
@@ -42,6 +42,8 @@ def main() -> int:
             suites += vm.run(rounds, engine=options.engine, log=sys.stderr.write)
         if name == "bt":
             suites += bt.run(rounds, whole=not options.quick, log=sys.stderr.write)
+        if name == "network":
+            suites += network.run(rounds, log=sys.stderr.write)
         if name == "images":
             suites += images.run(rounds, log=sys.stderr.write)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
