@@ -166,7 +166,7 @@ def test_a_disk_as_the_root(engine: EngineName, tmp_path: Path, disk_format: str
         assert machine.run(["/bin/busybox", "cat", "/hello"]).stdout == "on disk\n"
         machine.files.write("/written", b"in memory")
     assert hashlib.sha256(disk.read_bytes()).digest() == before
-    with Machine(**options, writable=True) as machine:
+    with Machine(**(options | {"writable": True})) as machine:
         machine.files.write("/written", b"for good")
     with Machine(**options) as machine:
         assert machine.files.read("/written") == b"for good"

@@ -11,6 +11,7 @@ import termios
 import threading
 import tty
 from contextlib import ExitStack, suppress
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, BinaryIO
 
 from ringfence.errors import RingfenceError
@@ -63,8 +64,8 @@ def attend(process: Process, *, terminal: bool) -> int:
             _pass_signals_on(process, stack)
         _start(lambda: _feed(process))
         readers = [
-            _start(lambda: _drain(process.stdout, 1)),
-            _start(lambda: _drain(process.stderr, 2)),
+            _start(lambda: _drain(process, process.stdout, 1)),
+            _start(lambda: _drain(process, process.stderr, 2)),
         ]
         code = process.wait()
         for reader in readers:
@@ -92,14 +93,14 @@ def _feed(process: Process) -> None:
         process.stdin.close()
 
 
-def _drain(source: BinaryIO, target: int) -> None:
-    """The command's output to ours. When nobody reads ours, the command hears of it by closing."""
+def _drain(process: Process, source: BinaryIO, target: int) -> None:
+    """The command's output to ours. When nobody reads ours, the command is told as a pipe does."""
     with suppress(ValueError, RingfenceError):
         while chunk := read_some(source, _CHUNK):
             try:
                 _write_all(target, chunk)
             except OSError:
-                source.close()
+                process.signal(signal.SIGPIPE)
                 return
 
 
@@ -118,15 +119,18 @@ def _enter_raw_mode(stack: ExitStack) -> None:
 
 
 def _follow_size(process: Process, stack: ExitStack) -> None:
-    def changed(_number: int, _frame: FrameType | None) -> None:
+    def tell(_number: int) -> None:
         size = terminal_size()
-        with suppress(RingfenceError, OSError):
-            process.resize(size.columns, size.rows)
+        process.resize(size.columns, size.rows)
 
-    _handle(signal.SIGWINCH, changed, stack)
+    teller = _Teller(tell)
+    stack.callback(teller.close)
+    _handle(signal.SIGWINCH, lambda number, _frame: teller.put(number), stack)
 
 
 def _pass_signals_on(process: Process, stack: ExitStack) -> None:
+    teller = _Teller(process.signal)
+    stack.callback(teller.close)
     interrupts = 0
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -134,11 +138,37 @@ def _pass_signals_on(process: Process, stack: ExitStack) -> None:
         interrupts += 1
         if interrupts >= _INTERRUPTS_TO_LEAVE:
             raise KeyboardInterrupt
-        with suppress(RingfenceError, OSError):
-            process.signal(number)
+        teller.put(number)
 
     for number in _PASSED_ON:
         _handle(number, pass_on, stack)
+
+
+class _Teller:
+    """Does in a thread what a signal's handler may not: the handler runs amid whatever is locked.
+
+    Args:
+        tell: Is called with each number.
+    """
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self._tell = tell
+        self._numbers: SimpleQueue[int | None] = SimpleQueue()
+        self._thread = _start(self._work)
+
+    def _work(self) -> None:
+        while (number := self._numbers.get()) is not None:
+            with suppress(RingfenceError, OSError):
+                self._tell(number)
+
+    def put(self, number: int) -> None:
+        """Adds a number; may be called from a handler."""
+        self._numbers.put(number)
+
+    def close(self) -> None:
+        """Waits until all is told."""
+        self._numbers.put(None)
+        self._thread.join(1.0)
 
 
 def _handle(

@@ -13,7 +13,7 @@ from ringfence.machine.process import Process
 from ringfence.machine.result import Result
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ringfence.errors import RingfenceError
     from ringfence.guest.agent import GuestStats
@@ -143,6 +143,7 @@ class Commands(ABC):
         user: str = "",
         timeout_s: float | None = None,
         check: bool = False,
+        on_start: Callable[[Process], None] | None = None,
     ) -> Result:
         """Runs a command to its end.
 
@@ -154,6 +155,7 @@ class Commands(ABC):
             user: Who runs it; the machine's when empty.
             timeout_s: When it is killed; the machine's command time when None.
             check: Raise when the exit status isn't 0.
+            on_start: Is given the command as soon as it runs, to end it from elsewhere.
 
         Raises:
             CommandError: ``check`` was asked, and the exit status isn't 0.
@@ -167,6 +169,8 @@ class Commands(ABC):
             argv, env=env, workdir=workdir, user=user, stdin=bool(data), timeout_s=limit
         ) as process:
             running = time.perf_counter()
+            if on_start is not None:
+                on_start(process)
             patience = None if limit is None else limit + _GRACE_S
             stdout, stderr = process.communicate(data, patience)
             code = process.wait(patience)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 
 __all__ = ["new_id", "new_name"]
 
@@ -31,9 +31,14 @@ _BIRDS = (
 
 def new_id() -> str:
     """Twelve hexadecimal digits that no other machine has."""
-    return secrets.token_hex(6)
+    return os.urandom(6).hex()
 
 
 def new_name() -> str:
     """A name that is easy to say and to type."""
-    return f"{secrets.choice(_QUALITIES)}-{secrets.choice(_BIRDS)}"
+    quality, bird = os.urandom(4), os.urandom(4)
+    return f"{_one_of(_QUALITIES, quality)}-{_one_of(_BIRDS, bird)}"
+
+
+def _one_of(words: tuple[str, ...], drawn: bytes) -> str:
+    return words[int.from_bytes(drawn, "little") % len(words)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING, Literal, Self, Unpack
 
 from ringfence.errors import ConfigError
@@ -83,6 +84,22 @@ class Sandbox(Machine):
             CommandError: ``check`` was asked, and the exit status isn't 0.
             GuestTimeout: It was killed because its time was up.
         """
+        argv = self.command_for(source, language=language, arguments=arguments)
+        return self.run(argv, timeout_s=timeout_s, check=check)
+
+    def command_for(
+        self, source: str, *, language: Language, arguments: Sequence[str] = ()
+    ) -> list[str]:
+        """The command that runs a program given as text, which is put into the machine if long.
+
+        Args:
+            source: The program.
+            language: What it is written in.
+            arguments: What the program is given.
+
+        Raises:
+            ConfigError: The language isn't known.
+        """
         runner = _RUNNERS.get(language)
         if runner is None:
             message = f"there is no way known to run {language!r}"
@@ -90,9 +107,7 @@ class Sandbox(Machine):
         if len(source.encode()) <= _MAX_ARGUMENT:
             # A shell's first argument after the source is its $0.
             name = (language,) if language in ("sh", "bash") else ()
-            argv = [*runner, source, *name, *arguments]
-        else:
-            path = f"/tmp/ringfence-code.{language}"  # noqa: S108 - the guest's own
-            self.files.write(path, source.encode())
-            argv = [runner[0], path, *arguments]
-        return self.run(argv, timeout_s=timeout_s, check=check)
+            return [*runner, source, *name, *arguments]
+        path = f"/tmp/ringfence-code-{secrets.token_hex(4)}"  # noqa: S108 - the guest's own
+        self.files.write(path, source.encode())
+        return [runner[0], path, *arguments]
