@@ -8,9 +8,9 @@ Example:
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING
-
+# The OCI runtime is a process for every command, and imports this: typing alone would double its
+# start, so the constant is our own.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.errors import RingfenceError
     from ringfence.machine.attached import AttachedMachine
@@ -71,6 +71,8 @@ def __getattr__(name: str) -> object:
     if place is None:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
+    import importlib  # noqa: PLC0415 - as above
+
     return getattr(importlib.import_module(place), name)
 
 

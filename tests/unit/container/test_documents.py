@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,22 @@ from ringfence.container.oci.options import parse
 from ringfence.container.spec import namespace_paths
 from ringfence.container.state import check_id
 from ringfence.errors import ConfigError, FormatError
+
+_LEAN = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import ringfence.container.oci.main, ringfence.container.oci.lifecycle, ringfence.container.waiting
+heavy = {"typing", "enum", "re", "json", "collections", "signal", "pathlib", "dataclasses", "subprocess"}
+print(sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_the_runtime_loads_nothing_heavy() -> None:
+    sources = str(Path(__file__).resolve().parents[3] / "src")
+    command = [sys.executable, "-I", "-S", "-E", "-c", _LEAN, sources]
+
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
 
 SAMPLES: list[object] = [
     None, True, -3, 1.5, "", "ä\n\"\\", [], {}, [1, [2, {"a": None}]],
