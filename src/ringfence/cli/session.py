@@ -95,13 +95,17 @@ def _feed(process: Process) -> None:
 
 def _drain(process: Process, source: BinaryIO, target: int) -> None:
     """The command's output to ours. When nobody reads ours, the command is told as a pipe does."""
-    with suppress(ValueError, RingfenceError):
+    is_read = True
+    with suppress(OSError, ValueError, RingfenceError):
         while chunk := read_some(source, _CHUNK):
+            if not is_read:
+                # The guest tells of a command's end after its output.
+                continue
             try:
                 _write_all(target, chunk)
             except OSError:
+                is_read = False
                 process.signal(signal.SIGPIPE)
-                return
 
 
 def _write_all(target: int, data: bytes) -> None:
