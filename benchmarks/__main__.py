@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import boot, bt, commands, images, network, results, vm
+from benchmarks import boot, bt, commands, containers, images, network, results, vm
 
-SUITES = ("boot", "commands", "vm", "images", "network", "bt")
+SUITES = ("boot", "commands", "vm", "images", "network", "containers", "bt")
 
 
 def main() -> int:
@@ -44,6 +44,8 @@ def main() -> int:
             suites += bt.run(rounds, whole=not options.quick, log=sys.stderr.write)
         if name == "network":
             suites += network.run(rounds, log=sys.stderr.write)
+        if name == "containers":
+            suites += containers.run(rounds, log=sys.stderr.write)
         if name == "images":
             suites += images.run(rounds, log=sys.stderr.write)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

@@ -36,7 +36,11 @@ def interpreter() -> str:
             path,
             "-c",
         ]
-        check = "import sys; sys.exit(sys.version_info < (3, 11))"
+        # It must be able to start itself again, without the rights that setpriv starts it with.
+        check = (
+            "import subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True); "
+            "sys.exit(sys.version_info < (3, 11))"
+        )
         if subprocess.run([*probe, check], capture_output=True, check=False).returncode == 0:
             return path
     pytest.skip("no Python 3.11 that other users may run")
@@ -110,7 +114,7 @@ def test_a_machine_runs_with_a_single_map(home: Path) -> None:
     owned(home)
     script = (
         "import ringfence\n"
-        "with ringfence.Machine(engine='container') as machine:\n"
+        "with ringfence.Machine(engine='container', network='none') as machine:\n"
         "    done = machine.run(['sh', '-c', 'id -u; cat /proc/self/uid_map; echo x > /tmp/f; cat /tmp/f'])\n"
         "    print(done.stdout + done.stderr)\n"
     )
