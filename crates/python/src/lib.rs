@@ -48,5 +48,7 @@ mod _native {
         use crate::host::KvmProbe;
         #[pymodule_export]
         use crate::host::probe_kvm;
+        #[pymodule_export]
+        use crate::host::unpack_kernel;
     }
 }

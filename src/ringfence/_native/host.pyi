@@ -1,8 +1,9 @@
 """What this host can do, as measured."""
 
+from pathlib import Path
 from typing import final
 
-__all__ = ["KvmProbe", "probe_kvm"]
+__all__ = ["KvmProbe", "probe_kvm", "unpack_kernel"]
 
 @final
 class KvmProbe:
@@ -30,3 +31,14 @@ class KvmProbe:
 
 def probe_kvm() -> KvmProbe:
     """Opens ``/dev/kvm`` and times a loop in a throw-away guest, for about 20 milliseconds."""
+
+def unpack_kernel(source: Path, target: Path) -> bool:
+    """Writes the ELF image that is packed in a bzImage to ``target``.
+
+    Returns:
+        Whether ``source`` was a bzImage; an ELF image isn't packed.
+
+    Raises:
+        FormatError: It is no kernel, or a damaged one.
+        HostError: A file can't be read or written.
+    """

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import types
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,6 +37,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No kernel of this host, nor of its user's cache."""
     monkeypatch.setenv("RINGFENCE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(kernels, "_boot", lambda *_: [])
+    monkeypatch.setitem(sys.modules, "ringfence._native.host", None)
     return tmp_path / "home"
 
 
@@ -184,3 +187,52 @@ def test_only_boot_kernels_that_can_be_guests_are_listed(tmp_path: Path) -> None
 
 
 REAL_BOOT = kernels._boot
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The compiled module's unpacking, which makes ELF of a bzImage; what it was given."""
+    asked: list[Path] = []
+
+    def unpack_kernel(source: Path, target: Path) -> bool:
+        asked.append(source)
+        target.write_bytes(b"\x7fELF" + source.read_bytes())
+        return True
+
+    module = types.ModuleType("ringfence._native.host")
+    module.unpack_kernel = unpack_kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ringfence._native", types.ModuleType("ringfence._native"))
+    monkeypatch.setitem(sys.modules, "ringfence._native.host", module)
+    return asked
+
+
+def test_a_kept_kernel_is_unpacked_once(imported: Path, native: list[Path]) -> None:
+    kernels.import_kernel(imported)
+    first = kernels.find("6.1.0-10-amd64")
+    assert first.image.name == "vmlinux"
+    assert first.image.read_bytes().startswith(b"\x7fELF")
+    assert kernels.find() == first
+    assert len(native) == 1
+    # Nothing half-made is left beside it.
+    names = {"vmlinuz", "vmlinux", "modules", "source"}
+    assert {path.name for path in first.image.parent.iterdir()} == names
+
+
+def test_a_kernel_that_cannot_be_unpacked_is_used_as_it_is(
+    imported: Path, native: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> bool:
+        target.write_bytes(b"half")
+        raise FormatError(str(source))
+
+    monkeypatch.setattr(sys.modules["ringfence._native.host"], "unpack_kernel", refuse)
+    kept = kernels.import_kernel(imported)
+    assert kernels.find() == kept
+    monkeypatch.setitem(sys.modules, "ringfence._native.host", None)
+    assert kernels.find() == kept
+    assert native == []
+
+
+def test_a_kernel_outside_of_the_cache_is_left_alone(imported: Path, native: list[Path]) -> None:
+    assert kernels.find(imported).image == imported
+    assert native == []
