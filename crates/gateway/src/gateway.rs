@@ -365,24 +365,48 @@ impl Gateway {
         crate::switch::frame(self, id, message);
     }
 
+    /// Lets links go on whose bound held them back; returns how long until the next one may.
+    fn unthrottle(&mut self) -> Option<Duration> {
+        let mut wait: Option<Duration> = None;
+        for id in self.world.ports.ids() {
+            let Some(port) = self.world.ports.get_mut(id) else {
+                continue;
+            };
+            let Some(until) = port.throttled else {
+                continue;
+            };
+            let pause = until.saturating_duration_since(Instant::now());
+            if pause.is_zero() {
+                port.throttled = None;
+                port.full = false;
+                let waiting = std::mem::take(&mut port.waiting);
+                self.tcp.resume(waiting);
+            } else {
+                wait = Some(wait.map_or(pause, |other| other.min(pause)));
+            }
+        }
+        wait
+    }
+
     /// One turn of the loop; waits at most `most`.
     ///
     /// # Errors
     /// When the host's event queue fails.
     pub fn turn(&mut self, most: Option<Duration>) -> io::Result<()> {
+        self.unthrottle();
         let pause = self.read_links();
-        let more = self.tcp.run(&mut self.world);
+        self.tcp.run(&mut self.world);
         self.serve_name_streams();
         self.world.capture.flush();
         let mut wait = most;
         let mut at_most = |limit: Duration| {
             wait = Some(wait.map_or(limit, |wait| wait.min(limit)));
         };
-        if more {
-            at_most(Duration::ZERO);
-        }
-        if let Some(pause) = pause {
+        for pause in [pause, self.unthrottle()].into_iter().flatten() {
             at_most(pause);
+        }
+        if self.tcp.has_ready() {
+            at_most(Duration::ZERO);
         }
         let now = Instant::now();
         let timers = [

@@ -60,6 +60,26 @@ fn read_config(fd: config::Fd) -> Result<config::Config, AnyError> {
     Ok(config::parse(&text)?)
 }
 
+/// Takes as many descriptors as the host lets it, and keeps what guests can open within them: one
+/// too many would leave a waiting connection that can't be accepted, and a loop that turns for it.
+fn fit_descriptors(limits: &mut config::Limits) {
+    use rustix::process::Resource;
+    let known = rustix::process::getrlimit(Resource::Nofile);
+    let wanted = rustix::process::Rlimit {
+        current: known.maximum,
+        maximum: known.maximum,
+    };
+    let raised = rustix::process::setrlimit(Resource::Nofile, wanted).is_ok();
+    let there = if raised { known.maximum } else { known.current };
+    let there = there.map_or(usize::MAX, |count| {
+        usize::try_from(count).unwrap_or(usize::MAX)
+    });
+    // Links, published ports, the control socket, questions to name servers.
+    let rest = there.saturating_sub(there / 8).saturating_sub(64);
+    limits.connections = limits.connections.min(rest / 3 * 2);
+    limits.flows = limits.flows.min(rest / 3);
+}
+
 fn run() -> Result<(), AnyError> {
     let mut arguments = std::env::args().skip(1);
     let fd = match (
@@ -70,7 +90,8 @@ fn run() -> Result<(), AnyError> {
         (Some("--config-fd"), Some(fd), None) => fd.parse().map_err(|_| USAGE)?,
         _ => return Err(USAGE.into()),
     };
-    let config = read_config(fd)?;
+    let mut config = read_config(fd)?;
+    fit_descriptors(&mut config.limits);
     let mut fds = fds::Fds::claim(&config)?;
     let mut gateway = Gateway::new(&config, &mut fds)?;
     jail::enter()?;

@@ -125,7 +125,9 @@ pub(crate) struct Port {
     pub(crate) waiting: Vec<Id>,
     pub(crate) counters: PortCounters,
     pub(crate) send_bucket: Option<Bucket>,
-    pub(crate) receive_bucket: Option<Bucket>,
+    receive_bucket: Option<Bucket>,
+    /// Full by its bound, until then.
+    pub(crate) throttled: Option<Instant>,
     pub(crate) gone: bool,
 }
 
@@ -176,6 +178,7 @@ impl Port {
             counters: PortCounters::default(),
             send_bucket: None,
             receive_bucket: None,
+            throttled: None,
             gone: false,
         })
     }
@@ -264,8 +267,21 @@ impl Port {
         }
     }
 
+    /// Is full when its bound says so.
+    fn throttle(&mut self) {
+        if let Some(bucket) = &mut self.receive_bucket {
+            let now = Instant::now();
+            let pause = bucket.wait(now);
+            if !pause.is_zero() {
+                self.full = true;
+                self.throttled = Some(now + pause);
+            }
+        }
+    }
+
     /// Sends a frame, its virtio header first.
     pub(crate) fn send(&mut self, parts: &[IoSlice<'_>]) -> Sent {
+        self.throttle();
         if self.full {
             self.counters.dropped_frames += 1;
             return Sent::Full;

@@ -184,12 +184,6 @@ fn hand_over(world: &mut World, to: Id, message: &[u8]) {
     let Some(port) = world.ports.get_mut(to) else {
         return;
     };
-    if let Some(bucket) = &mut port.receive_bucket
-        && !bucket.wait(world.now).is_zero()
-    {
-        port.counters.dropped_frames += 1;
-        return;
-    }
     let offloads = port.offloads;
     for piece in segment::fitting(message, offloads) {
         let parts = [IoSlice::new(&piece)];

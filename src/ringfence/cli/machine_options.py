@@ -99,6 +99,9 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--add-host", action="append", default=[], metavar="NAME:IP", help="a name that it knows"
     )
+    network.add_argument(
+        "--bandwidth", metavar="SIZE", help="bytes a second that pass, each way: 500K, 10M"
+    )
 
 
 def _hosts(given: list[str]) -> dict[str, str]:
@@ -186,6 +189,7 @@ def machine_spec(args: argparse.Namespace) -> MachineSpec:
         "deny": args.deny,
         "dns": args.dns,
         "hosts": _hosts(args.add_host),
+        "bandwidth": args.bandwidth,
         "hostname": args.hostname,
         "boot_timeout_s": args.boot_timeout,
         "writable": args.writable,

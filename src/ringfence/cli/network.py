@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--subnet", action="append", default=[], metavar="CIDR",
         help="its addresses; once for IPv4 and once for IPv6 (chosen)",
     )  # fmt: skip
-    creating.add_argument("--mtu", type=int, default=1500, metavar="BYTES", help="(1500)")
+    creating.add_argument("--mtu", type=int, default=0, metavar="BYTES", help="the largest packet")
     creating.add_argument("--interface", default="", metavar="IF", help="with --mode bridge")
     _add_rules(creating)
     listing = add("ls", "list networks")

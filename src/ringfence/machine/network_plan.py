@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ringfence.errors import ConfigError
-from ringfence.network import AttachOptions, PublishedPort, attach
+from ringfence.network import AttachOptions, PublishedPort, Rate, attach
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -31,6 +31,7 @@ def attach_options(spec: MachineSpec, name: str) -> AttachOptions:
         dns=spec.dns,
         hosts=spec.hosts,
         hostname=spec.hostname,
+        rate=Rate(send_bytes_per_s=spec.bandwidth, receive_bytes_per_s=spec.bandwidth),
     )
 
 
@@ -50,6 +51,7 @@ def add_networks(
             "have egress rules": options.policy.rules,
             "have name servers": options.dns,
             "know hosts": options.hosts,
+            "have a bandwidth": spec.bandwidth is not None,
         }
         for what, given in asked.items():
             if given:

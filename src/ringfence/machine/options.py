@@ -75,6 +75,8 @@ class MachineOptions(TypedDict, total=False):
     """Name servers to ask instead of the host's."""
     hosts: Mapping[str, str]
     """Names to addresses that its network answers."""
+    bandwidth: int | str | None
+    """Bytes a second each way: a number, or text such as ``"10M"``."""
     hostname: str
     """Its name for itself."""
     entrypoint: Iterable[str]
@@ -125,6 +127,7 @@ def spec_from(options: MachineOptions) -> MachineSpec:
         "ports": tuple(options.get("ports", ())),
         "dns": tuple(options.get("dns", ())),
         "hosts": dict(options.get("hosts", {})),
+        "bandwidth": _bandwidth(options.get("bandwidth")),
         "env": dict(options.get("env", {})),
         "timeouts": Timeouts(
             machine_s=options.get("timeout_s"),
@@ -152,6 +155,17 @@ def _network(options: MachineOptions) -> dict[str, object]:
         return {"network": "user", "policy": given}
     policy = Policy(allow=tuple(options.get("allow", ())), deny=tuple(options.get("deny", ())))
     return {"network": "user" if given is None else given, "policy": policy}
+
+
+def _bandwidth(given: int | str | None) -> int | None:
+    if given is None or isinstance(given, int):
+        return given
+    found = _SIZE.fullmatch(given.strip())
+    if found is None or not float(found[1]):
+        message = f"{given!r} is not a number of bytes a second"
+        raise ConfigError(message, hint="write it as 500K or 10M")
+    factor = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+    return int(float(found[1]) * factor[found[2].lower()])
 
 
 def _root(options: MachineOptions) -> Root:

@@ -187,6 +187,7 @@ class MachineSpec:
         policy: Who it may reach.
         dns: Name servers to ask instead of the host's.
         hosts: Names to addresses that its network answers.
+        bandwidth: Bytes a second that it may send, and receive; None is as many as go.
         hostname: Its name for itself; the machine's name when empty.
         entrypoint: What comes before a command, in place of the image's; None is the image's own.
         kernel: A kernel's version or image; the newest at hand when None.
@@ -210,6 +211,7 @@ class MachineSpec:
     policy: Policy = field(default_factory=Policy)
     dns: tuple[str, ...] = ()
     hosts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    bandwidth: int | None = None
     hostname: str = ""
     entrypoint: tuple[str, ...] | None = None
     kernel: str | Path | None = None

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringfence.errors import ConfigError, HostError
+from ringfence.errors import ConfigError, HostError, UnsupportedError
 from ringfence.network import dnsmasq, firewall, gateway, links, manage, tap
 from ringfence.network.attachment import Attachment, NetnsPlan
 from ringfence.network.store import Store
@@ -164,12 +164,18 @@ def plug(
     link = links.link_name("rft", *_identity(spec), member.machine_id)
     whole = dataclasses.replace(member, link=link, publish=tuple(str(port) for port in published))
     Store().rewrite(spec.name, whole)
+    limit = options.rate.send_bytes_per_s
+    if kind == "container" and limit is not None:
+        message = f"a container's bandwidth isn't bounded in the mode {spec.mode}"
+        raise UnsupportedError(message, hint="use --network user or isolated")
     if kind == "container":
         stack.callback(links.remove, link)
         return _VethAttachment(spec, link, interface, options, published)
     tun = links.add_tap(link, bridge_of(spec), spec.mtu)
     stack.callback(os.close, tun)
     device = {"type": "net", "tap_fds": [tun], "mac": member.mac, "lock_mac": True}
+    if limit is not None:
+        device["rate"] = {"bytes_per_s": limit}
     if spec.mtu != 1500:
         device["mtu"] = spec.mtu
     return Attachment(interface=interface, device=device, fds=[tun], hosts={}, published=published)

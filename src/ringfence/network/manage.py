@@ -33,6 +33,10 @@ _MODULES = {
 }
 
 
+# Through memory nothing has to be split; the host's links are Ethernet.
+_MTU = {"user": 65520, "isolated": 65520}
+
+
 class Mode(Protocol):
     """What a mode's module offers; the store is locked whenever it is called."""
 
@@ -79,6 +83,8 @@ def complete(spec: NetworkSpec, store: Store) -> NetworkSpec:
     if spec.mode not in MODES:
         message = f"there is no mode {spec.mode!r}"
         raise ConfigError(message, hint=f"choose one of {', '.join(MODES)}")
+    if spec.mtu == 0:
+        spec = dataclasses.replace(spec, mtu=_MTU.get(spec.mode, 1500))
     if not 1280 <= spec.mtu <= 65520:
         message = f"the largest packet is 1280 to 65520 bytes, not {spec.mtu}"
         raise ConfigError(message)

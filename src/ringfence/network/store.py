@@ -39,7 +39,7 @@ class NetworkSpec:
         name: Its name.
         mode: One of :data:`MODES`.
         subnets: Its IPv4 and its IPv6 subnet; none in the mode ``bridge``.
-        mtu: The largest packet, in bytes.
+        mtu: The largest packet, in bytes; chosen when 0.
         interface: The host's, in the mode ``bridge``.
         allow: Egress rules of all its machines.
         deny: Likewise.
@@ -50,7 +50,7 @@ class NetworkSpec:
     name: str
     mode: str
     subnets: tuple[str, ...] = ()
-    mtu: int = 1500
+    mtu: int = 0
     interface: str = ""
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()

@@ -19,7 +19,9 @@ pytestmark = [pytest.mark.kvm, pytest.mark.slow]
 
 def test_an_image_is_built_and_run_by_kvm(nested_host: NestedHost) -> None:
     if not (REPOSITORY / ".cache/images/bookworm.tar").exists():
-        pytest.skip("the Debian image is not cached: tests/functional/image/test_machine.py does it")
+        pytest.skip(
+            "the Debian image is not cached: tests/functional/image/test_machine.py does it"
+        )
     tests = REPOSITORY / "tests/functional/image/test_machine.py"
     command = [os.path.realpath(sys.executable), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     site = next(path for path in sys.path if path.endswith("site-packages"))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from ringfence.errors import ConflictError
-from ringfence.network import Policy, PublishedPort, gateway
+from ringfence.network import Policy, PublishedPort, Rate, gateway
 from ringfence.network.user import control_path
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.framework.networks import Namespace, Peer
     from tests.functional.network.conftest import Guest, MakeGuest
 
@@ -340,6 +339,43 @@ print(socket.inet_ntoa(a[16:20]), a[242])
 """
     own = guest.attachment.interface.addresses[0].partition("/")[0]
     assert guest.python(source, guest.attachment.interface.mac) == f"{own} 2"
+
+
+def test_the_gateway_has_given_everything_up(guest: Guest) -> None:
+    found = [
+        path.parent
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if b"ringfence-gateway" in _read(path)
+    ]
+    assert found
+    for process in found:
+        status = dict(
+            line.split(":\t", 1)
+            for line in (process / "status").read_text().splitlines()
+            if ":\t" in line
+        )
+        assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+        assert (status["NoNewPrivs"], status["Seccomp"], status["Threads"]) == ("1", "2", "1")
+    assert guest.attachment.interface.gateways
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_bandwidth_is_bounded_each_way(make_guest: MakeGuest, peer: Peer) -> None:
+    rate = Rate(send_bytes_per_s=2_000_000, receive_bytes_per_s=2_000_000)
+    guest = make_guest(rate=rate)
+    begin = time.monotonic()
+    assert guest.python(_PULL, peer.v4, "5000000").startswith("5000000")
+    # A burst of a second passes at once.
+    assert time.monotonic() - begin > 1.2
+    begin = time.monotonic()
+    assert guest.python(_HALF_CLOSE, peer.v4) == "6400000"
+    assert time.monotonic() - begin > 1.8
 
 
 def test_a_capture_is_a_pcap_of_what_passed(guest: Guest, peer: Peer, home: Path) -> None:

@@ -378,14 +378,18 @@ impl Tcp {
         connection.inbox.release(&mut world.budget);
     }
 
-    /// Gives ready connections their turn; says whether some are left.
-    pub(crate) fn run(&mut self, world: &mut World) -> bool {
+    /// Gives ready connections their turn.
+    pub(crate) fn run(&mut self, world: &mut World) {
         for _ in 0..TURN {
             let Some(id) = self.ready.pop_front() else {
-                return false;
+                return;
             };
             self.run_one(world, id);
         }
+    }
+
+    /// Whether some connections wait for their turn.
+    pub(crate) fn has_ready(&self) -> bool {
         !self.ready.is_empty()
     }
 
