@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,8 +14,6 @@ from ringfence.machine.machine import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from ringfence.machine.spec import EngineName
 
 SECRET = "not for the guest: 7f3a9c"  # noqa: S105 - it guards nothing
 
@@ -26,7 +24,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
         patch.setenv("XDG_RUNTIME_DIR", str(folder))
-        with Machine(engine=cast("EngineName", "bt")) as running:
+        with Machine(engine="bt") as running:
             yield running
 
 
