@@ -178,7 +178,7 @@ def qemu(work: Work, machine: str = "q35", accel: str = "tcg") -> Outcome:
         *("-object", f"memory-backend-memfd,id=ram,size={work.memory_mib}M,share=on"),
         *("-cpu", "max", "-accel", "tcg,thread=multi" if accel == "tcg" else accel),
         *("-smp", str(work.vcpus), "-m", f"{work.memory_mib}M"),
-        *("-kernel", str(programs.kernel().image), "-initrd", str(work.initramfs)),
+        *("-kernel", str(programs.kernel().packed), "-initrd", str(work.initramfs)),
         *("-append", CMDLINE + (" reboot=t" if machine.startswith("microvm") else "")),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-serial", "stdio"),

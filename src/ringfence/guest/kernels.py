@@ -50,6 +50,12 @@ class Kernel:
     modules: Path
     source: str
 
+    @property
+    def packed(self) -> Path:
+        """The image as it came, for programs that want a bzImage; ``image`` may be unpacked."""
+        packed = self.image.with_name("vmlinuz")
+        return packed if self.image.name == "vmlinux" and packed.is_file() else self.image
+
 
 def find(choice: str | Path | None = None) -> Kernel:
     """The kernel to boot.

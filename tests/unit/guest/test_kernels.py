@@ -210,6 +210,7 @@ def test_a_kept_kernel_is_unpacked_once(imported: Path, native: list[Path]) -> N
     kernels.import_kernel(imported)
     first = kernels.find("6.1.0-10-amd64")
     assert first.image.name == "vmlinux"
+    assert first.packed.read_bytes() == imported.read_bytes()
     assert first.image.read_bytes().startswith(b"\x7fELF")
     assert kernels.find() == first
     assert len(native) == 1
@@ -234,5 +235,6 @@ def test_a_kernel_that_cannot_be_unpacked_is_used_as_it_is(
 
 
 def test_a_kernel_outside_of_the_cache_is_left_alone(imported: Path, native: list[Path]) -> None:
-    assert kernels.find(imported).image == imported
+    kernel = kernels.find(imported)
+    assert kernel.image == kernel.packed == imported
     assert native == []
