@@ -11,7 +11,7 @@ from ringfence.container.cgroups.group import Group
 from ringfence.container.identity import Maps
 from ringfence.container.launch import Launch
 from ringfence.container.state import State, process_start
-from ringfence.errors import HostError, RingfenceError, StateError
+from ringfence.errors import ConflictError, HostError, RingfenceError, StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def create(bundle: Bundle, root: str, name: str, options: CreateOptions) -> tupl
         state.bundle, state.rootfs, state.created = bundle.path, bundle.rootfs, now()
         state.annotations = bundle.config.mapping("annotations")
         state.save_config(f"{bundle.path}/config.json")
-        state.group = _group(bundle, name)
+        state.group = _empty_group(bundle, name)
         launch = _launch(bundle, state, options)
         _follow(bundle, state, launch, options)
     except BaseException:
@@ -82,6 +82,16 @@ def create(bundle: Bundle, root: str, name: str, options: CreateOptions) -> tupl
         destroy(state)
         raise
     return state, launch
+
+
+def _empty_group(bundle: Bundle, name: str) -> Group:
+    """The container's group. One that others are in isn't its own to limit, empty and remove."""
+    group = _group(bundle, name)
+    strangers = group.processes()
+    if strangers:
+        message = f"container's cgroup is not empty: {len(strangers)} process(es) found"
+        raise ConflictError(message, hint="give it a cgroupsPath of its own")
+    return group
 
 
 def _prepare_group(bundle: Bundle, group: Group) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ringfence.container import flags
-from ringfence.errors import ConfigError
+from ringfence.errors import ConfigError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,6 +88,9 @@ def compile_mount(mount: Fields, bundle: str) -> dict[str, object]:
         raise ConfigError(message)
     kind, source = mount.text("type"), mount.text("source")
     options = split_options(mount.texts("options"))
+    if options.id_map or "uidMappings" in mount or "gidMappings" in mount:
+        message = f"{mount.place}: mounts with ID maps of their own aren't there"
+        raise UnsupportedError(message)
     result: dict[str, object] = {"target": target, "propagation": options.propagation}
     if options.bind or kind == "bind":
         if not source:

@@ -311,3 +311,48 @@ def test_version_2_alone_is_served(runtime: Runtime, name: str, tmp_path: Path) 
     assert "Operation not permitted" in device
     assert null.strip() == "3"
     assert json.loads(usage)["data"]["cpu"]["usage"]["total"] > 0
+
+
+def test_a_cgroup_that_others_are_in_is_left_alone(
+    runtime: Runtime, name: str, tmp_path: Path
+) -> None:
+    first = make_bundle(tmp_path / "a", "sleep", "100", linux={"cgroupsPath": f"/{name}"})
+    second = make_bundle(tmp_path / "b", "true", linux={"cgroupsPath": f"/{name}"})
+    runtime("run", "--detach", "--bundle", str(first), name)
+
+    output = runtime("run", "--bundle", str(second), f"{name}-2", status=1)
+
+    assert "cgroup is not empty" in output
+    assert runtime.status(name) == "running"
+
+
+def test_a_kill_reaches_all_where_processes_are_the_hosts(
+    runtime: Runtime, name: str, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "b", "sh", "-c", "sleep 100 & sleep 100")
+    path = bundle / "config.json"
+    config = json.loads(path.read_text())
+    kinds = config["linux"]["namespaces"]
+    config["linux"]["namespaces"] = [kind for kind in kinds if kind["type"] != "pid"]
+    path.write_text(json.dumps(config))
+    runtime("run", "--detach", "--bundle", str(bundle), name)
+    until(lambda: len(json.loads(runtime("ps", "--format", "json", name))) > 1)
+
+    runtime("kill", name, "KILL")
+
+    until(lambda: left_behind_processes(name) == [])
+
+
+def left_behind_processes(name: str) -> list[str]:
+    return [found for found in left_behind(name) if found.startswith("process")]
+
+
+def test_a_mount_with_an_id_map_is_refused(runtime: Runtime, name: str, tmp_path: Path) -> None:
+    mapping = [{"containerID": 0, "hostID": 1000, "size": 1}]
+    mount = {
+        "destination": "/m", "type": "bind", "source": "/usr", "options": ["bind"],
+        "uidMappings": mapping, "gidMappings": mapping,
+    }  # fmt: skip
+    bundle = make_bundle(tmp_path / "b", "true", mounts=[mount])
+
+    assert "ID maps" in runtime("run", "--bundle", str(bundle), name, status=1)

@@ -195,7 +195,12 @@ def _kill(state: State, number: int) -> None:
     except ProcessLookupError as error:
         message = "container not running"
         raise StateError(message) from error
-    if number == 9 and state.group is not None and state.group.frozen():
+    if number != 9 or state.group is None:
+        return
+    if os.path.samefile(f"/proc/{state.pid}/ns/pid", "/proc/self/ns/pid"):
+        # Without a namespace of their own, the others don't end with the first.
+        state.group.kill()
+    if state.group.frozen():
         state.group.freeze(frozen=False)
 
 
