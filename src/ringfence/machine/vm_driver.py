@@ -223,6 +223,8 @@ def _bring_up(
     try:
         with phases.measure("kernel boot"):
             agent = Agent.accept(handout, lambda: connect_vsock(path), boot_s)
+        # Nobody else is to be reached: further connections of the guest are refused.
+        handout.close()
         with phases.measure("guest setup"):
             agent.setup(setup, timeout_s=boot_s)
     except GuestTimeout as error:
