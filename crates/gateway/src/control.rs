@@ -253,6 +253,7 @@ fn status(gateway: &Gateway) -> Value {
         })
         .collect();
     json!({
+        "pid": std::process::id(),
         "ports": ports,
         "tcp_connections": gateway.tcp.len(),
         "udp_flows": gateway.udp.len(),
