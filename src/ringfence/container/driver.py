@@ -172,11 +172,18 @@ class ContainerMachine:
 
     def stats(self, *, engine_counters: bool = False) -> Mapping[str, object]:  # noqa: ARG002 - has none
         """What its control groups count."""
-        return {**stats.collect(self._group), "oom_kills": stats.oom_kills(self._group)}
+        found = stats.collect(self._group)
+        return {"state": self._state(), **found, "oom_kills": stats.oom_kills(self._group)}
+
+    def _state(self) -> str:
+        if self._ending is not None:
+            return "ended"
+        return "paused" if self._group.frozen() else "running"
 
     def inspect(self) -> Mapping[str, object]:
         """What it is made of."""
         return {
+            "state": self._state(),
             "pid": self._pid,
             "namespaces": {
                 name: os.readlink(f"/proc/{self._pid}/ns/{name}")

@@ -102,11 +102,13 @@ def test_pause_holds_every_process() -> None:
             ["sh", "-c", "(while :; do echo x >> /tmp/log; sleep 0.01; done) > /dev/null 2>&1 &"]
         )
         machine.pause()
+        state = machine.inspect()["state"]
         machine.resume()
         first = len(machine.files.read("/tmp/log"))
         time.sleep(0.2)
         second = len(machine.files.read("/tmp/log"))
 
+    assert state == "paused"
     assert second > first
 
 
