@@ -189,8 +189,12 @@ def create(record: Record) -> Entry:
             path = folder / record.id
             path.mkdir(mode=0o700)
             entry = Entry(path, record)
-            entry.hold()
-            entry.update(pid=os.getpid(), created_s=time.time())
+            try:
+                entry.hold()
+                entry.update(pid=os.getpid(), created_s=time.time())
+            except BaseException:
+                entry.remove()
+                raise
     except OSError as error:
         if isinstance(error, HostError):
             raise

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ringfence.errors import ConflictError, NotFoundError
+from ringfence.errors import ConflictError, HostError, NotFoundError
 from ringfence.machine import names, state
 
 if TYPE_CHECKING:
@@ -95,3 +96,13 @@ def test_an_unknown_field_of_a_newer_version_is_no_harm() -> None:
     text = (entry.path / "machine.json").read_text()
     (entry.path / "machine.json").write_text(text.replace("{", '{"colour": "red",', 1))
     assert state.find("one").record.name == "one"
+
+
+def test_a_full_disk_leaves_no_half_made_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_path: Path, _text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    with pytest.raises(HostError, match="No space left on device"):
+        make("one")
+    assert [path.name for path in (home / "state/machines").iterdir()] == [".names"]
