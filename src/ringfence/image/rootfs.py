@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -218,8 +219,23 @@ def _check(blob: Descriptor, found: Digest, promised: Digest) -> None:
         raise FormatError(msg)
 
 
+def _unmount_below(path: Path) -> None:
+    """Take away the mounts that a killed build left: removing must not go through them."""
+    top = str(path)
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        place = line.split(" ", 5)[4]
+        if place.startswith(top + "/"):
+            found.append(place)
+    for place in reversed(found):
+        command = ["umount", "--lazy", place]
+        subprocess.run(command, check=False, capture_output=True)
+
+
 def remove_tree(path: Path) -> None:
-    """Remove a tree of ours, directories without write permission too."""
+    """Remove a tree of ours: mounts in it first, directories without write permission too."""
+    if os.geteuid() == 0:
+        _unmount_below(path)
     if os.geteuid() != 0:
         for folder, _, _ in os.walk(path):
             with contextlib.suppress(OSError):

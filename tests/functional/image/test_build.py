@@ -13,6 +13,7 @@ from ringfence.errors import CommandError, ConfigError, NotFoundError
 from ringfence.image import Store
 from ringfence.image.build import BuildOptions, build
 from ringfence.image.build.view import View
+from ringfence.image.build.workspace import open_workspace
 from ringfence.image.create import from_directory
 from ringfence.image.merged import merge
 from tests.framework.chroot_runner import ChrootRunner
@@ -322,3 +323,17 @@ def test_failures_name_the_line(builds: Builds) -> None:
         with pytest.raises(ConfigError, match=why):
             builds(text)
     assert not list((builds.store.root / "tmp").iterdir())
+
+
+def test_what_a_killed_build_left_mounted_is_cleared(builds: Builds) -> None:
+    image = builds("FROM base\nRUN echo x > /x\n")
+    tree = builds.store.rootfs(image)
+    left = open_workspace(builds.store, tree.layers)
+    (left.root / "written").write_text("y")
+    assert left.root.is_mount()
+    tree.close()
+    builds.store.prune()
+    assert not left.root.exists()
+    assert not list((builds.store.root / "tmp").iterdir())
+    with builds.store.rootfs(image) as tree:
+        assert (tree.layers[-1] / "x").read_text() == "x\n"
