@@ -92,6 +92,8 @@ pub fn init() -> Result<(), AgentError> {
         .spawn(move || serving.serve(link))
         .tried(|| "cannot serve the host".into())?;
     let _background = thread::Builder::new().spawn(move || {
+        // A kernel without it panics all the same; only nobody is told why the guest resets.
+        let _optional = modules.load("pvpanic_mmio");
         // The first command comes first.
         wait(OTHERS_DELAY);
         modules.load_drivers(&OTHERS)
