@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ringfence.image.archives import import_images
 from ringfence.image.create import from_debootstrap
 from ringfence.image.export import export_images
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ringfence.image import Store
