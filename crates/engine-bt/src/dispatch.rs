@@ -13,9 +13,9 @@ use ringfence_engine::EngineError;
 use ringfence_x86::state::Activity;
 
 use crate::access::Place;
-use crate::code::Block;
-use crate::code::Site;
-use crate::code::SiteKind;
+use crate::block::Block;
+use crate::block::Site;
+use crate::block::SiteKind;
 use crate::core::Core;
 use crate::core::flag;
 use crate::core::is_canonical;

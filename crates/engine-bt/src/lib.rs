@@ -16,6 +16,7 @@
 //! ```
 
 mod access;
+mod block;
 mod clock;
 mod code;
 mod code_table;

@@ -6,8 +6,8 @@ use iced_x86::FastFormatter;
 use iced_x86::Instruction;
 use iced_x86::InstructionInfoFactory;
 
-use crate::code::NewBlock;
-use crate::code::SiteKind;
+use crate::block::NewBlock;
+use crate::block::SiteKind;
 use crate::host::Host;
 use crate::mode::Mode;
 use crate::translate::Request;

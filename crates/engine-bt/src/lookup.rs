@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use ringfence_engine::EngineError;
 
+use crate::block::PageKey;
 use crate::code::Full;
-use crate::code::PageKey;
 use crate::code_table::map_entry;
 use crate::core::Core;
 use crate::core::is_canonical;

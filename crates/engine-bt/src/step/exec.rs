@@ -17,7 +17,7 @@ use ringfence_x86::paging::CR0_EM;
 use ringfence_x86::paging::CR0_MP;
 use ringfence_x86::paging::CR0_TS;
 
-use crate::code::NewBlock;
+use crate::block::NewBlock;
 use crate::core::Core;
 use crate::fault::Fault;
 use crate::fault::Stop;

@@ -1,6 +1,6 @@
 //! Code that is rarely run, placed after the block.
 
-use crate::code::Link;
+use crate::block::Link;
 use crate::hot::Gate;
 use crate::hot::hot;
 use crate::translate::asm::Fixup;

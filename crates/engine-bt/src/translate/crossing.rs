@@ -6,7 +6,7 @@
 //! The routines are made once a machine; blocks reach them from their cold code, with the guest
 //! address in T0 and the address to return to in T1. They leave an addend in T1, as the probe does.
 
-use crate::code::NewBlock;
+use crate::block::NewBlock;
 use crate::host::Host;
 use crate::hot::Gate;
 use crate::hot::hot;

@@ -4,12 +4,12 @@ use iced_x86::Encoder;
 use iced_x86::Instruction;
 use iced_x86::Register;
 
-use crate::code::BODY_ENTRY;
-use crate::code::Link;
-use crate::code::NewBlock;
-use crate::code::POLL_ENTRY;
-use crate::code::Site;
-use crate::code::SiteKind;
+use crate::block::BODY_ENTRY;
+use crate::block::Link;
+use crate::block::NewBlock;
+use crate::block::POLL_ENTRY;
+use crate::block::Site;
+use crate::block::SiteKind;
 use crate::hot::Gate;
 use crate::hot::hot;
 use crate::translate::Class;
@@ -89,7 +89,7 @@ pub(crate) fn emit_block_listed(
     let hot_len = emitter.asm.here();
     starts.push(hot_len);
     emitter.finish_cold();
-    seen |= crate::code::parts(request.offset, end - request.offset);
+    seen |= crate::block::parts(request.offset, end - request.offset);
     let block = NewBlock {
         hot_len,
         branches: emitter.asm.branches,

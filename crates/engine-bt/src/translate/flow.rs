@@ -18,7 +18,7 @@
 use iced_x86::Mnemonic;
 use iced_x86::OpKind;
 
-use crate::code::SiteKind;
+use crate::block::SiteKind;
 use crate::hot::hot;
 use crate::translate::asm::Cond;
 use crate::translate::asm::Fixup;

@@ -20,8 +20,8 @@
 use iced_x86::Instruction;
 use iced_x86::Register;
 
-use crate::code::SiteKind;
-use crate::code::SiteRange;
+use crate::block::SiteKind;
+use crate::block::SiteRange;
 use crate::hot::hot;
 use crate::step::has_high_byte;
 use crate::translate::asm::Mem;

@@ -27,7 +27,7 @@ mod straddle;
 mod strings;
 mod system;
 
-use crate::code::NewBlock;
+use crate::block::NewBlock;
 use crate::core::Core;
 use crate::host::Host;
 use crate::mode::Mode;

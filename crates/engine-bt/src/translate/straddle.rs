@@ -10,7 +10,7 @@ use iced_x86::DecoderError;
 use iced_x86::DecoderOptions;
 use iced_x86::InstructionInfoFactory;
 
-use crate::code::SiteKind;
+use crate::block::SiteKind;
 use crate::hot::hot;
 use crate::step::decoder_options;
 use crate::translate::Class;

@@ -3,7 +3,7 @@
 
 use iced_x86::Mnemonic;
 
-use crate::code::SiteKind;
+use crate::block::SiteKind;
 use crate::hot::hot;
 use crate::translate::asm::A;
 use crate::translate::asm::Mem;

@@ -8,7 +8,7 @@
 
 use iced_x86::Mnemonic;
 
-use crate::code::SiteKind;
+use crate::block::SiteKind;
 use crate::core::flag;
 use crate::hot::Transition;
 use crate::hot::hot;
