@@ -47,11 +47,14 @@ def need(program: str) -> str:
 
 
 def run(*words: str | Path, status: int = 0, timeout_s: float = 40) -> str:
-    """Runs a program and returns what it wrote; a file, since engines' helpers keep pipes open."""
-    with tempfile.TemporaryFile() as output:
+    """Runs a program and returns what it wrote; a file, since engines' helpers keep pipes open.
+
+    Not where we are: conmon leaves a file ``oom`` in its working directory.
+    """
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryDirectory() as place:
         done = subprocess.run(
             [str(word) for word in words],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=place,
             timeout=timeout_s, check=False,
         )  # fmt: skip
         output.seek(0)
