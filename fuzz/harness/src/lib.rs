@@ -14,6 +14,7 @@ pub mod agent;
 pub mod devices;
 pub mod fs;
 pub mod gateway;
+pub mod loader;
 pub mod net;
 pub mod pci;
 pub mod qcow2;
@@ -35,6 +36,7 @@ pub const BODIES: &[(&str, Body)] = &[
     ("virtio_fs", fs::fs),
     ("pci_root", pci::root),
     ("qcow2_image", qcow2::image),
+    ("loader_kernel", loader::kernel),
     ("agent_protocol", agent::protocol),
 ];
 

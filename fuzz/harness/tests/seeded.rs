@@ -77,6 +77,11 @@ mod tests {
     }
 
     #[test]
+    fn loader_kernel() {
+        run("loader_kernel");
+    }
+
+    #[test]
     fn qcow2_image() {
         run("qcow2_image");
     }
