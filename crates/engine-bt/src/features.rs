@@ -2,11 +2,10 @@
 //!
 //! A guest sees the host's processor less what can't be copied or isn't modelled: AVX-512 and
 //! larger state, transactions, protection keys, SMAP, monitoring, performance counters, shadow
-//! stacks, nested virtualization, XSAVES. It is told that speculation needs no mitigation: the
+//! stacks, nested virtualization, enclaves, user interrupts, 64-byte direct stores, XSAVES. It is told that speculation needs no mitigation: the
 //! translated guest has no way to another one's memory but through the host's kernel, which
 //! mitigates for all its processes.
 
-use iced_x86::CpuidFeature;
 use ringfence_x86::cpuid::CpuidResult;
 use ringfence_x86::cpuid::CpuidTable;
 
@@ -39,14 +38,19 @@ const LEAF1_EDX: u32 = bits(&[
 const LEAF7_EBX: u32 = bits(&[3, 5, 8, 9, 18, 19, 23, 24, 29]);
 /// FSGSBASE SMEP INVPCID: emulated, so the host needn't have them.
 const LEAF7_EBX_OWN: u32 = bits(&[0, 7, 10]);
-/// Leaf 7 ECX: GFNI VAES VPCLMULQDQ.
-const LEAF7_ECX: u32 = bits(&[8, 9, 10]);
+/// Leaf 7 ECX: GFNI VAES VPCLMULQDQ CLDEMOTE MOVDIRI.
+const LEAF7_ECX: u32 = bits(&[8, 9, 10, 25, 27]);
 /// UMIP RDPID: emulated.
 const LEAF7_ECX_OWN: u32 = bits(&[2, 22]);
-/// Leaf 7 EDX: FSRM.
-const LEAF7_EDX: u32 = bits(&[4]);
+/// Leaf 7 EDX: FSRM SERIALIZE.
+const LEAF7_EDX: u32 = bits(&[4, 14]);
 /// IA32_ARCH_CAPABILITIES exists (Intel).
 const LEAF7_EDX_ARCH_CAPABILITIES: u32 = bits(&[29]);
+/// Leaf 7.1 EAX: SHA512 SM3 SM4 AVX-VNNI AVX-IFMA, all of them on AVX state; FZRM FSRS FSRC.
+const LEAF7_1_EAX_AVX: u32 = bits(&[0, 1, 2, 4, 23]);
+const LEAF7_1_EAX: u32 = bits(&[10, 11, 12]);
+/// Leaf 7.1 EDX: AVX-VNNI-INT8 AVX-NE-CONVERT AVX-VNNI-INT16.
+const LEAF7_1_EDX_AVX: u32 = bits(&[4, 5, 10]);
 /// Leaf 0xd.1 EAX: XSAVEOPT XSAVEC XGETBV1.
 const LEAFD_1_EAX: u32 = bits(&[0, 1, 2]);
 /// Leaf 0x8000_0001 ECX: LAHF ABM SSE4A MISALIGNSSE 3DNOWPREFETCH.
@@ -82,84 +86,6 @@ pub(crate) const ARCH_CAPABILITIES: u64 = 1
     | 1 << 24
     | 1 << 26
     | 1 << 27;
-
-impl Host {
-    /// Whether a guest may execute instructions of a feature. Those that the host lacks raise
-    /// #UD by themselves.
-    pub(crate) fn offers(&self, feature: CpuidFeature) -> bool {
-        use CpuidFeature as F;
-        match feature {
-            F::AVX | F::AVX2 | F::FMA | F::F16C | F::VAES | F::VPCLMULQDQ => self.avx,
-            _ => is_known(feature),
-        }
-    }
-}
-
-/// Features whose instructions are copied or emulated.
-fn is_known(feature: CpuidFeature) -> bool {
-    use CpuidFeature as F;
-    matches!(
-        feature,
-        F::INTEL8086
-            | F::INTEL8086_ONLY
-            | F::INTEL186
-            | F::INTEL286
-            | F::INTEL286_ONLY
-            | F::INTEL386
-            | F::INTEL386_ONLY
-            | F::INTEL486
-            | F::X64
-            | F::ADX
-            | F::AES
-            | F::BMI1
-            | F::BMI2
-            | F::CET_IBT
-            | F::CLDEMOTE
-            | F::CLFLUSHOPT
-            | F::CLFSH
-            | F::CLWB
-            | F::CMOV
-            | F::CMPXCHG16B
-            | F::CPUID
-            | F::CX8
-            | F::FPU
-            | F::FPU287
-            | F::FPU387
-            | F::FSGSBASE
-            | F::FXSR
-            | F::GFNI
-            | F::INVPCID
-            | F::LZCNT
-            | F::MMX
-            | F::MOVBE
-            | F::MSR
-            | F::MULTIBYTENOP
-            | F::PAUSE
-            | F::PCLMULQDQ
-            | F::POPCNT
-            | F::PREFETCHW
-            | F::PREFETCHWT1
-            | F::RDPID
-            | F::RDRAND
-            | F::RDSEED
-            | F::RDTSCP
-            | F::SEP
-            | F::SHA
-            | F::SSE
-            | F::SSE2
-            | F::SSE3
-            | F::SSE4_1
-            | F::SSE4_2
-            | F::SSE4A
-            | F::SSSE3
-            | F::SYSCALL
-            | F::TSC
-            | F::WBNOINVD
-            | F::XSAVE
-            | F::XSAVEC
-            | F::XSAVEOPT
-    )
-}
 
 /// The leaves a guest of this engine may be shown.
 pub(crate) fn guest_cpuid(host: &Host) -> CpuidTable {
@@ -203,7 +129,8 @@ fn basic_leaves(table: &mut CpuidTable, host: &Host) {
     } else {
         CpuidResult::default()
     };
-    leaf7.eax = 0;
+    let subleaf = leaf7.eax >= 1;
+    leaf7.eax = u32::from(subleaf);
     leaf7.ebx = leaf7.ebx & LEAF7_EBX | LEAF7_EBX_OWN;
     leaf7.ecx = leaf7.ecx & LEAF7_ECX | LEAF7_ECX_OWN;
     leaf7.edx &= LEAF7_EDX;
@@ -215,6 +142,9 @@ fn basic_leaves(table: &mut CpuidTable, host: &Host) {
         leaf7.edx |= LEAF7_EDX_ARCH_CAPABILITIES;
     }
     table.set(7, 0, leaf7);
+    if subleaf {
+        table.set(7, 1, newer_features(host));
+    }
 
     if leaf1.ecx & bits(&[26]) != 0 {
         xsave_leaves(table, host);
@@ -245,6 +175,21 @@ fn basic_leaves(table: &mut CpuidTable, host: &Host) {
             edx: 0,
         },
     );
+}
+
+/// Leaf 7.1.
+fn newer_features(host: &Host) -> CpuidResult {
+    let found = cpuid(7, 1);
+    let (mut eax, mut edx) = (LEAF7_1_EAX, 0);
+    if host.avx {
+        eax |= LEAF7_1_EAX_AVX;
+        edx |= LEAF7_1_EDX_AVX;
+    }
+    CpuidResult {
+        eax: found.eax & eax,
+        edx: found.edx & edx,
+        ..CpuidResult::default()
+    }
 }
 
 /// Deterministic cache parameters, without the sharing that the host's topology says.

@@ -8,6 +8,8 @@ use core::arch::x86_64::_xgetbv;
 
 use ringfence_x86::cpuid::CpuidResult;
 
+use crate::offered::Offered;
+
 /// Host abilities that shape the code the translator emits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Host {
@@ -19,6 +21,8 @@ pub(crate) struct Host {
     pub avx: bool,
     /// `wrgsbase` works in user mode.
     pub fsgsbase: bool,
+    /// Instructions that guests may execute.
+    pub offered: Offered,
     /// XSAVE components that a guest may enable: x87, SSE and, when the host has it, AVX.
     pub guest_xcr0: u64,
     /// Bytes of the standard-format XSAVE area for those components.
@@ -41,6 +45,17 @@ pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
     }
 }
 
+/// CPUID of this processor, nothing where it has no such leaf: it would answer with another one.
+fn present_cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
+    let present =
+        leaf <= cpuid(leaf & 0x8000_0000, 0).eax && (leaf != 7 || subleaf <= cpuid(7, 0).eax);
+    if present {
+        cpuid(leaf, subleaf)
+    } else {
+        CpuidResult::default()
+    }
+}
+
 impl Host {
     /// Asks the processor.
     pub(crate) fn detect() -> Self {
@@ -55,6 +70,7 @@ impl Host {
             fast_pext: extended.ebx & (1 << 8) != 0 && !has_microcoded_pext(),
             avx,
             fsgsbase: kernel_allows_fsgsbase(),
+            offered: Offered::new(present_cpuid, avx),
             guest_xcr0,
             xsave_len: xsave_len(guest_xcr0),
         }

@@ -38,6 +38,7 @@ mod lookup;
 mod mapping;
 mod mode;
 mod msr;
+mod offered;
 mod pages;
 mod paravirt;
 mod ram;

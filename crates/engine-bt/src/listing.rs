@@ -10,6 +10,7 @@ use crate::block::NewBlock;
 use crate::block::SiteKind;
 use crate::host::Host;
 use crate::mode::Mode;
+use crate::offered::Offered;
 use crate::translate::Request;
 use crate::translate::decode_block;
 use crate::translate::emit::emit_block_listed;
@@ -60,6 +61,7 @@ pub fn list_translation(code: &[u8], listing: Listing) -> String {
             fast_pext: listing.fast_pext,
             avx: true,
             fsgsbase: true,
+            offered: Offered::all(),
             guest_xcr0: 7,
             xsave_len: 832,
         },

@@ -50,11 +50,7 @@ impl Core {
     /// #UD for what the guest wasn't promised, #NM for x87 and vector instructions while they
     /// trap.
     pub(crate) fn check_available(&self, instruction: &Instruction) -> Result<(), Stop> {
-        let features = instruction.cpuid_features();
-        if !features
-            .iter()
-            .all(|&feature| self.shared.host.offers(feature))
-        {
+        if !self.shared.host.offered.allows(instruction) {
             return Err(Fault::undefined().into());
         }
         let avx = is_avx(instruction);
@@ -431,6 +427,14 @@ pub(crate) fn uses_fpu(instruction: &Instruction) -> bool {
                 | F::PCLMULQDQ
                 | F::VAES
                 | F::VPCLMULQDQ
+                | F::AVX_VNNI
+                | F::AVX_VNNI_INT8
+                | F::AVX_VNNI_INT16
+                | F::AVX_IFMA
+                | F::AVX_NE_CONVERT
+                | F::SHA512
+                | F::SM3
+                | F::SM4
                 | F::GFNI
                 | F::SHA
                 | F::XSAVE

@@ -131,7 +131,7 @@ pub(crate) fn cannot_fault(instruction: &Instruction) -> bool {
 
 /// The alignment that an instruction wants of its memory operand, 1 for any (SDM 1 §14.9; APM 2
 /// §8.2.14).
-fn alignment(instruction: &Instruction) -> u64 {
+fn alignment(instruction: &Instruction, amd: bool) -> u64 {
     use Mnemonic as M;
     let bytes = instruction.memory_size().size() as u64;
     if instruction.encoding() != EncodingKind::Legacy {
@@ -160,8 +160,8 @@ fn alignment(instruction: &Instruction) -> u64 {
             | M::Pcmpistri
             | M::Pcmpistrm
     );
-    // What SHA's instructions want differs: the processor decides.
-    let sha = instruction.cpuid_features().contains(&CpuidFeature::SHA);
+    // What SHA's instructions want differs among AMD's: the processor decides.
+    let sha = amd && instruction.cpuid_features().contains(&CpuidFeature::SHA);
     if bytes == 16 && !unaligned && !sha {
         16
     } else {
@@ -194,7 +194,7 @@ impl Core {
         instruction: &Instruction,
         address: u64,
     ) -> Result<(), Stop> {
-        let aligned = address.is_multiple_of(alignment(instruction));
+        let aligned = address.is_multiple_of(alignment(instruction, self.shared.host.amd));
         let lifted = self.hot().mxcsr & MISALIGNED_MASK != 0 && can_be_lifted(instruction);
         if aligned || lifted {
             Ok(())

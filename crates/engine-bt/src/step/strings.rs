@@ -175,8 +175,7 @@ impl Core {
             let count = self.gpr(1) & mask;
             if count == 0 {
                 if shape.address_bits == 32 && !self.shared.host.amd {
-                    // Intel writes a 32-bit count register even when it was zero already.
-                    self.write_counter(32, 0);
+                    self.shorten_registers(shape);
                 }
                 return Ok(Flow::Next);
             }
@@ -193,6 +192,20 @@ impl Core {
             if done > 0 {
                 self.end_replay();
             }
+        }
+    }
+
+    /// Intel's processors write 32-bit registers even when the count is zero: RCX always, the
+    /// pointers of MOVS and STOS.
+    fn shorten_registers(&mut self, shape: &Shape) {
+        self.write_counter(32, 0);
+        let pointers: &[usize] = match shape.operation {
+            Operation::Move => &[RSI, RDI],
+            Operation::Store => &[RDI],
+            _ => &[],
+        };
+        for &register in pointers {
+            self.set_gpr(register, self.gpr(register) & 0xffff_ffff);
         }
     }
 

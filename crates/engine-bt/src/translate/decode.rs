@@ -281,10 +281,7 @@ fn reaches_target(instruction: &Instruction) -> bool {
 }
 
 fn is_available(request: &Request<'_>, instruction: &Instruction) -> bool {
-    let offered = instruction
-        .cpuid_features()
-        .iter()
-        .all(|&feature| request.host.offers(feature));
+    let offered = request.host.offered.allows(instruction);
     let trapped = request.mode.fpu_traps() && crate::step::uses_fpu(instruction);
     let avx = request.mode.no_avx() && crate::step::is_avx(instruction);
     let sse = request.mode.no_sse() && crate::step::is_sse(instruction);
