@@ -284,6 +284,10 @@ impl Guest {
         }
         let result = self.run_to_end(inputs.len(), manner);
         self.kicker.rest();
+        if manner == Manner::Demand {
+            // Nobody supplies the next batch's pages. Absent ones are in no TLB.
+            self.write_tables();
+        }
         result?;
         let mut bytes = vec![0; size_of_val(inputs)];
         self.ram
@@ -413,7 +417,8 @@ struct KickerState {
 }
 
 impl Kicker {
-    const LATE_MS: u64 = 4_000;
+    /// A batch takes milliseconds; the rest is for hosts that are busy with other things.
+    const LATE_MS: u64 = 60_000;
 
     fn new(waker: Arc<dyn VcpuWaker>) -> Self {
         let shared = Arc::new(KickerState::default());

@@ -288,4 +288,73 @@ mod tests {
             state.gpr[R15] = 2;
         });
     }
+
+    #[test]
+    fn a_short_count_of_zero_shortens_registers_as_the_processor_does() {
+        // rep movsd [edi], [esi]; rep stosb [edi]; repe cmpsb [esi], [edi].
+        for string in [0xa5, 0xaa, 0xa6] {
+            check(&[0x67, 0xf3, string], |state| {
+                state.gpr[1] = 0x1234_5678_0000_0000;
+                state.gpr[RSI] = 0x350c_8000_0000_0000 + DATA;
+                state.gpr[RDI] = 0x350c_8000_0000_0000 + DATA;
+            });
+        }
+    }
+
+    #[test]
+    fn instructions_that_the_processor_lacks_are_undefined_before_they_fault() {
+        // movntsd [rsi], xmm1 (AMD); sm4rnds4 ymm1, ymm0, [rsi].
+        for code in [
+            &[0xf2, 0x0f, 0x2b, 0x0e][..],
+            &[0xc4, 0xe2, 0x7f, 0xda, 0x0e],
+        ] {
+            check(code, |state| state.gpr[RSI] = LAST_BYTE + 1);
+        }
+    }
+
+    #[test]
+    fn misaligned_hashes_fault_as_the_processor_has_it() {
+        // sha1nexte xmm1, [rsi].
+        for address in [DATA + 8, DATA + 5, PAGE_END - 8, LAST_BYTE + 2] {
+            check(&[0x0f, 0x38, 0xc8, 0x0e], |state| state.gpr[RSI] = address);
+        }
+    }
+
+    #[test]
+    fn newer_instructions_run_where_the_processor_has_them() {
+        let codes = [
+            // vpdpwssd ymm1, ymm2, [rsi]; vpmadd52luq ymm1, ymm2, [rsi].
+            &[0xc4, 0xe2, 0x6d, 0x52, 0x0e][..],
+            &[0xc4, 0xe2, 0xed, 0xb4, 0x0e],
+            // vpdpbssd ymm1, ymm2, [rsi]; vbcstnebf162ps ymm1, [rsi].
+            &[0xc4, 0xe2, 0x6f, 0x50, 0x0e],
+            &[0xc4, 0xe2, 0x7e, 0xb1, 0x0e],
+            // movdiri [rsi], rbx; serialize; cldemote [rsi].
+            &[0x48, 0x0f, 0x38, 0xf9, 0x1e],
+            &[0x0f, 0x01, 0xe8],
+            &[0x0f, 0x1c, 0x06],
+        ];
+        for code in codes {
+            for address in [DATA + 0x40, PAGE_END - 8, PAGE_END - 3] {
+                check(code, |state| state.gpr[RSI] = address);
+            }
+        }
+    }
+
+    #[test]
+    fn an_mmx_store_to_no_page_leaves_its_registers() {
+        // movd [rsi], mm4 with the stack's top elsewhere.
+        check(&[0x0f, 0x7e, 0x26], |state| {
+            state.xsave[3] = 0x31;
+            state.gpr[RSI] = LAST_BYTE + 1;
+        });
+    }
+
+    #[test]
+    fn a_converting_store_to_no_page_faults() {
+        // vcvtps2ph [rsi], ymm0, 0.
+        check(&[0xc4, 0xe3, 0x7d, 0x1d, 0x06, 0], |state| {
+            state.gpr[RSI] = LAST_BYTE - 3;
+        });
+    }
 }
