@@ -93,7 +93,8 @@ def daemon(log: Path, ready: Callable[[], bool], *words: str | Path) -> Iterator
     """A daemon, until it is stopped."""
     with log.open("w") as output:
         process = subprocess.Popen(
-            [str(word) for word in words], stdout=output, stderr=output, start_new_session=True
+            [str(word) for word in words], stdout=output, stderr=output,
+            start_new_session=True, cwd=log.parent,
         )
     try:
         end = time.monotonic() + _READY_S
@@ -251,7 +252,8 @@ def test_docker_starts_many_without_a_mistake(docker: Engine) -> None:
 def test_containerd_runs_execs_pauses_and_kills(
     folder: Path, runtime: Path, archive: Path, containerd: Path
 ) -> None:
-    base = [need("ctr"), "-a", str(containerd), "--namespace", "rf"]
+    # Its name is the state's place on the host, which other runs must not share.
+    base = [need("ctr"), "-a", str(containerd), "--namespace", folder.name]
     layout = folder / "oci"
     run(need("umoci"), "init", "--layout", layout)
     run("umoci", "new", "--image", f"{layout}:box")

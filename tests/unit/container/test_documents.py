@@ -124,11 +124,20 @@ def test_one_document_of_limits_has_both_versions() -> None:
 
     assert first["memory.memsw.limit_in_bytes"] == str(3 << 20)
     assert second["memory.swap.max"] == str(2 << 20)
-    assert second["cpu.weight"] == "39"
+    assert second["cpu.weight"] == "100"
     assert second["cpu.max"] == "5000 10000"
     assert first["cpu.cfs_quota_us"] == "5000"
     assert first["pids.max"] == second["pids.max"] == "7"
-    assert second["io.weight"] == "default 10000"
+    assert second["io.bfq.weight"] == "1000"
+
+
+def test_a_weight_of_disks_goes_to_the_file_of_the_hosts_scheduler(tmp_path: Path) -> None:
+    without = limits.where(str(tmp_path), "io.bfq.weight", "8:0 1000")
+    (tmp_path / "io.bfq.weight").touch()
+
+    assert without == ("io.weight", "8:0 10000")
+    assert limits.where(str(tmp_path), "io.bfq.weight", "500") == ("io.bfq.weight", "500")
+    assert limits.where(str(tmp_path), "blkio.weight", "7") == ("blkio.bfq.weight", "7")
 
 
 def test_swap_below_memory_is_refused() -> None:

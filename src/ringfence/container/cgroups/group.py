@@ -6,7 +6,7 @@ import os
 
 from ringfence.container.cgroups import files, limits
 from ringfence.container.cgroups.layout import Layout, detect
-from ringfence.errors import HostError, UnsupportedError
+from ringfence.errors import ConfigError, HostError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,9 +92,13 @@ class Group:
         """Applies limits; for running containers too.
 
         Raises:
+            ConfigError: Files of version 2 are named and this host has not that alone.
             UnsupportedError: No hierarchy has the controller.
             HostError: The kernel refused a value.
         """
+        if resources.mapping("unified") and not self.unified:
+            message = "invalid configuration: resources.unified is of version 2 of control groups"
+            raise ConfigError(message, hint="say it by memory, cpu, pids, blockIO and so on")
         for version, compile_ in ((1, limits.first_version), (2, limits.second_version)):
             places = {
                 name: path
@@ -108,7 +112,8 @@ class Group:
             for controller, file, value in _ordered(writes, places):
                 # A hybrid host has a controller once: the other version's writes aren't for it.
                 if controller in places:
-                    files.write(f"{places[controller]}/{file}", value)
+                    name, text = limits.where(places[controller], file, value)
+                    files.write(f"{places[controller]}/{name}", text)
                 elif self._lacks(controller, version):
                     message = f"this host has no cgroup controller {controller!r} to set {file}"
                     raise UnsupportedError(message)

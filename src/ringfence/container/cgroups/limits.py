@@ -6,13 +6,15 @@ The conversions between the versions' units (shares and weights) are the specifi
 
 from __future__ import annotations
 
+import os
+
 from ringfence.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.container.fields import Fields
 
-__all__ = ["Write", "first_version", "second_version", "weight_of_shares"]
+__all__ = ["Write", "first_version", "second_version", "weight_of_shares", "where"]
 
 # Controller, file, value.
 Write = tuple[str, str, str]
@@ -37,9 +39,18 @@ _THROTTLES = (
 
 
 def weight_of_shares(shares: int) -> int:
-    """Version 2's weight (1 to 10000) of version 1's shares (2 to 262144)."""
-    shares = min(max(shares, 2), 262_144)
-    return 1 + (shares - 2) * 9999 // 262_142
+    """Version 2's weight (1 to 10000) of version 1's shares (2 to 262144).
+
+    A curve through least, default (1024 is 100) and most, as runc and crun have it today.
+    """
+    import math
+
+    if shares <= 2:
+        return 1
+    if shares >= 262_144:
+        return 10_000
+    power = math.log2(shares)
+    return math.ceil(10 ** ((power * power + 125 * power) / 612 - 7 / 34))
 
 
 def first_version(resources: Fields) -> list[Write]:
@@ -62,13 +73,22 @@ def first_version(resources: Fields) -> list[Write]:
     for name, file in (("weight", "blkio.weight"), ("leafWeight", "blkio.leaf_weight")):
         if block.integer(name):
             writes.append(("blkio", file, str(block.integer(name))))
+        writes += [
+            ("blkio", f"{file}_device", f"{_number(entry)} {entry.integer(name)}")
+            for entry in block.tables("weightDevice")
+            if entry.integer(name)
+        ]
     for name, file, _key in _THROTTLES:
         writes += [
             ("blkio", file, f"{_number(entry)} {entry.integer('rate')}")
             for entry in block.tables(name)
         ]
     writes += [
-        ("hugetlb", f"hugetlb.{page.text('pageSize')}.limit_in_bytes", str(page.integer("limit")))
+        (
+            "hugetlb",
+            f"hugetlb.{page.text('pageSize') or page.text('pagesize')}.limit_in_bytes",
+            str(page.integer("limit")),
+        )
         for page in resources.tables("hugepageLimits")
     ]
     network = resources.table("network")
@@ -107,13 +127,30 @@ def _v1_memory(memory: Fields) -> list[Write]:
 
 def _pids(resources: Fields) -> list[Write]:
     limit = resources.table("pids").optional_integer("limit")
-    if limit is None or limit == 0:
+    if limit is None:
         return []
-    return [("pids", "pids.max", str(limit) if limit > 0 else "max")]
+    # Nothing runs with none; runc takes it as one, which systemd's least is too.
+    return [("pids", "pids.max", str(max(limit, 1)) if limit >= 0 else "max")]
 
 
 def _number(entry: Fields) -> str:
     return f"{entry.integer('major')}:{entry.integer('minor')}"
+
+
+def where(directory: str, file: str, value: str) -> tuple[str, str]:
+    """The file that takes a weight of block devices here, and the value as it wants it.
+
+    It depends on the scheduler that the kernel was built with.
+    """
+    if "weight" not in file or os.path.exists(f"{directory}/{file}"):
+        return file, value
+    if file.startswith("blkio.weight"):
+        return file.replace("blkio.", "blkio.bfq."), value
+    if file == "io.bfq.weight":
+        device, _, weight = value.rpartition(" ")
+        # 10 to 1000 becomes 1 to 10000.
+        return "io.weight", f"{device or 'default'} {1 + (int(weight) - 10) * 9999 // 990}"
+    return file, value
 
 
 def _maximum(value: int) -> str:
@@ -141,15 +178,23 @@ def second_version(resources: Fields) -> list[Write]:
     block = resources.table("blockIO")
     weight = block.integer("weight")
     if weight:
-        # 10 to 1000 becomes 1 to 10000.
-        writes.append(("io", "io.weight", f"default {1 + (weight - 10) * 9999 // 990}"))
+        writes.append(("io", "io.bfq.weight", str(weight)))
+    writes += [
+        ("io", "io.bfq.weight", f"{_number(entry)} {entry.integer('weight')}")
+        for entry in block.tables("weightDevice")
+        if entry.integer("weight")
+    ]
     for name, _file, key in _THROTTLES:
         writes += [
             ("io", "io.max", f"{_number(entry)} {key}={entry.integer('rate') or 'max'}")
             for entry in block.tables(name)
         ]
     writes += [
-        ("hugetlb", f"hugetlb.{page.text('pageSize')}.max", str(page.integer("limit")))
+        (
+            "hugetlb",
+            f"hugetlb.{page.text('pageSize') or page.text('pagesize')}.max",
+            str(page.integer("limit")),
+        )
         for page in resources.tables("hugepageLimits")
     ]
     for name, value in resources.mapping("unified").items():
