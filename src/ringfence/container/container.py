@@ -21,7 +21,20 @@ if TYPE_CHECKING:
 # With this annotation "true", a small process 1 reaps orphans and passes signals on to the program.
 REAPER = "org.ringfence.reaper"
 
-__all__ = ["CreateOptions", "create", "destroy", "start"]
+# What runs the bundle: "container", or "vm" and engines of virtual machines.
+ENGINE = "org.ringfence.engine"
+
+__all__ = [
+    "ENGINE",
+    "REAPER",
+    "CreateOptions",
+    "create",
+    "destroy",
+    "empty_group",
+    "now",
+    "start",
+    "write_pid_file",
+]
 
 
 class CreateOptions:
@@ -30,20 +43,29 @@ class CreateOptions:
     Args:
         wait_for_start: Whether the program waits for :func:`start`.
         console: A connected socket that gets the terminal, or -1.
+        engine: What is to run it; empty for a container of the host's kernel.
         keep: Descriptors that the program keeps.
         no_pivot: Change the root without pivot_root, for hosts that run from an initramfs.
         no_keyring: Stay in the caller's session keyring.
         pid_file: Where the process's number is written.
     """
 
-    __slots__ = ("console", "keep", "no_keyring", "no_pivot", "pid_file", "wait_for_start")
+    __slots__ = (
+        "console",
+        "engine",
+        "keep",
+        "no_keyring",
+        "no_pivot",
+        "pid_file",
+        "wait_for_start",
+    )
 
     def __init__(self, *, wait_for_start: bool = True) -> None:
         self.wait_for_start = wait_for_start
         self.console = -1
         self.keep: list[int] = []
         self.no_pivot = self.no_keyring = False
-        self.pid_file = ""
+        self.pid_file = self.engine = ""
 
 
 def now() -> str:
@@ -72,7 +94,7 @@ def create(bundle: Bundle, root: str, name: str, options: CreateOptions) -> tupl
         state.bundle, state.rootfs, state.created = bundle.path, bundle.rootfs, now()
         state.annotations = bundle.config.mapping("annotations")
         state.save_config(f"{bundle.path}/config.json")
-        state.group = _empty_group(bundle, name)
+        state.group = empty_group(bundle, name)
         launch = _launch(bundle, state, options)
         _follow(bundle, state, launch, options)
     except BaseException:
@@ -84,13 +106,17 @@ def create(bundle: Bundle, root: str, name: str, options: CreateOptions) -> tupl
     return state, launch
 
 
-def _empty_group(bundle: Bundle, name: str) -> Group:
+def empty_group(bundle: Bundle, name: str) -> Group:
     """The container's group. One that others are in isn't its own to limit, empty and remove."""
     group = _group(bundle, name)
     strangers = group.processes()
     if strangers:
         message = f"container's cgroup is not empty: {len(strangers)} process(es) found"
         raise ConflictError(message, hint="give it a cgroupsPath of its own")
+    if group.frozen():
+        # The container would stop in the midst of its setup, and its maker with it.
+        message = "container's cgroup unexpectedly frozen"
+        raise ConflictError(message, hint="thaw it, or give the container a cgroupsPath of its own")
     return group
 
 
@@ -224,6 +250,11 @@ def destroy(state: State) -> None:
     if os.path.exists(f"{state.directory}/config.json") and state.pid:
         config = state.config()
     state.remove()
+    if state.machine:
+        from ringfence.machine.state import list_machines
+
+        # Looking for machines clears what one that was killed has left.
+        list_machines()
     if config is not None and config.table("hooks").values:
         _last_hooks(config, state)
 

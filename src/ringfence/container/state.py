@@ -62,7 +62,9 @@ class State:
         "bundle",
         "created",
         "directory",
+        "engine",
         "group",
+        "machine",
         "name",
         "pid",
         "rootfs",
@@ -76,6 +78,8 @@ class State:
         self.pid = self.start = 0
         self.group: Group | None = None
         self.annotations: dict[str, str] = {}
+        # Of a bundle in a virtual machine: what runs it, and the machine's name.
+        self.engine = self.machine = ""
 
     @property
     def fifo(self) -> str:
@@ -117,6 +121,7 @@ class State:
         state.created = fields.text("created")
         state.pid, state.start = fields.integer("pid"), fields.integer("start")
         state.annotations = fields.mapping("annotations")
+        state.engine, state.machine = fields.text("engine"), fields.text("machine")
         directories = [
             (entry.texts("controllers"), entry.text("path"), entry.integer("version"))
             for entry in fields.tables("cgroups")
@@ -140,6 +145,8 @@ class State:
             "pid": self.pid,
             "start": self.start,
             "annotations": self.annotations,
+            "engine": self.engine,
+            "machine": self.machine,
             "rootless": group.rootless,
             "cgroups": [
                 {"controllers": names, "path": path, "version": version}

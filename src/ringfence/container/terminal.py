@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ringfence.container.launch import Launch
+    from ringfence.container.oci_vm.runtime import Monitor
     from ringfence.container.state import State
 
 __all__ = ["connect", "run_attached"]
@@ -34,7 +35,9 @@ def connect(path: str) -> int:
     return connection.detach()
 
 
-def run_attached(start: Callable[[int], tuple[State, Launch]], end: Callable[[State], None]) -> int:
+def run_attached(
+    start: Callable[[int], tuple[State, Launch | Monitor]], end: Callable[[State], None]
+) -> int:
     """Runs a container on the caller's terminal; returns its exit status.
 
     Args:

@@ -93,8 +93,11 @@ def daemon(log: Path, ready: Callable[[], bool], *words: str | Path) -> Iterator
     """A daemon, until it is stopped."""
     with log.open("w") as output:
         process = subprocess.Popen(
-            [str(word) for word in words], stdout=output, stderr=output,
-            start_new_session=True, cwd=log.parent,
+            [str(word) for word in words],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            cwd=log.parent,
         )
     try:
         end = time.monotonic() + _READY_S

@@ -8,7 +8,7 @@ from ringfence.container import lean_json
 from ringfence.container.fields import Fields
 from ringfence.container.oci.options import Arguments, parse
 from ringfence.container.state import State
-from ringfence.errors import ConfigError, StateError
+from ringfence.errors import ConfigError, StateError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,6 +92,14 @@ def _resources(arguments: Arguments) -> Fields:
     return Fields(tables, "resources")
 
 
+def _refuse_inner(resources: Fields) -> None:
+    """What a machine has of its own since its start."""
+    for name in ("memory", "pids"):
+        if resources.table(name).values:
+            message = f"{name}: a virtual machine has what it was started with"
+            raise UnsupportedError(message)
+
+
 def update_command(root: str, words: list[str]) -> int:
     """Changes a running container's limits."""
     valued = f"resources/r {' '.join(_NUMBERS)} {' '.join(_TEXTS)} {_IGNORED}"
@@ -100,5 +108,8 @@ def update_command(root: str, words: list[str]) -> int:
     if state.status == "stopped":
         message = "container not running"
         raise StateError(message)
-    _group(state).limit(_resources(arguments))
+    resources = _resources(arguments)
+    if state.machine:
+        _refuse_inner(resources)
+    _group(state).limit(resources)
     return 0

@@ -13,7 +13,7 @@ from ringfence.container.oci.lifecycle import preserved
 from ringfence.container.oci.options import Arguments, parse
 from ringfence.container.spec import compile_process
 from ringfence.container.state import State
-from ringfence.errors import ConfigError, StateError
+from ringfence.errors import ConfigError, StateError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def exec_command(root: str, words: list[str]) -> int:
         raise StateError(message)
     config = state.config()
     process = _process(arguments, config)
+    if state.machine:
+        return _in_machine(arguments, state, process)
     plan = _plan(state, process, config, arguments.text("cgroup"))
     keep = preserved(arguments)
     plan["keep_descriptors"] = keep
@@ -149,6 +151,30 @@ def exec_command(root: str, words: list[str]) -> int:
 
         return terminal.run_attached(start, lambda _state: None)
     return _run(arguments, plan, process, keep, -1)
+
+
+def _in_machine(arguments: Arguments, state: State, process: Fields) -> int:
+    from ringfence.container.oci_vm import runtime
+
+    socket, detach = arguments.text("console-socket"), "detach" in arguments
+    console = -1
+    if process.flag("terminal"):
+        from ringfence.container import terminal
+
+        if not socket and detach:
+            message = "a detached process with a terminal needs --console-socket"
+            raise ConfigError(message)
+        if not socket:
+            return terminal.run_attached(
+                lambda number: (state, runtime.stand_in(state, process, number)), lambda _s: None
+            )
+        console = terminal.connect(socket)
+    if preserved(arguments):
+        message = "--preserve-fds: a program in a virtual machine can't have the host's descriptors"
+        raise UnsupportedError(message)
+    return runtime.execute(
+        state, process, console, detach=detach, pid_file=arguments.text("pid-file")
+    )
 
 
 def _launch(

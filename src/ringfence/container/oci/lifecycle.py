@@ -14,6 +14,9 @@ from ringfence.errors import ConfigError, HostError, NotFoundError, StateError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.container.launch import Launch
+    from ringfence.container.oci_vm.runtime import Monitor
+
+    Launched = Launch | Monitor
 
 __all__ = [
     "create_command",
@@ -24,17 +27,34 @@ __all__ = [
     "state_command",
 ]
 
-_CREATE = ("bundle/b console-socket pidfd-socket pid-file preserve-fds", "no-pivot no-new-keyring")
+_CREATE = (
+    "bundle/b console-socket engine pidfd-socket pid-file preserve-fds",
+    "no-pivot no-new-keyring",
+)
 _RUN_SWITCHES = f"{_CREATE[1]} detach/d keep no-subreaper"
 
 
-def _options(words: Arguments, *, wait_for_start: bool) -> container.CreateOptions:
+def _options(words: Arguments, bundle: Bundle, *, wait_for_start: bool) -> container.CreateOptions:
     options = container.CreateOptions(wait_for_start=wait_for_start)
     options.pid_file = words.text("pid-file")
     options.no_pivot = "no-pivot" in words
     options.no_keyring = "no-new-keyring" in words
     options.keep = preserved(words)
+    options.engine = words.text("engine") or bundle.config.mapping("annotations").get(
+        container.ENGINE, ""
+    )
     return options
+
+
+def _create(
+    bundle: Bundle, root: str, name: str, options: container.CreateOptions
+) -> tuple[State, Launched]:
+    if options.engine in {"", "container"}:
+        return container.create(bundle, root, name, options)
+    from ringfence.container.oci_vm import bundle as bundles
+    from ringfence.container.oci_vm import runtime
+
+    return runtime.create(bundle, root, name, options, bundles.engine_of(options.engine))
 
 
 def preserved(words: Arguments) -> list[int]:
@@ -55,7 +75,7 @@ def create_command(root: str, words: list[str]) -> int:
     arguments = parse(words, *_CREATE)
     name = check_id(arguments.only_id())
     bundle = Bundle(arguments.text("bundle", "."))
-    options = _options(arguments, wait_for_start=True)
+    options = _options(arguments, bundle, wait_for_start=True)
     socket = arguments.text("console-socket")
     if bundle.terminal != bool(socket):
         message = (
@@ -68,7 +88,7 @@ def create_command(root: str, words: list[str]) -> int:
         from ringfence.container import terminal
 
         options.console = terminal.connect(socket)
-    _state, launch = container.create(bundle, root, name, options)
+    _state, launch = _create(bundle, root, name, options)
     launch.close()
     return 0
 
@@ -84,7 +104,7 @@ def run_command(root: str, words: list[str]) -> int:
     arguments = parse(words, _CREATE[0], _RUN_SWITCHES)
     name = check_id(arguments.only_id())
     bundle = Bundle(arguments.text("bundle", "."))
-    options = _options(arguments, wait_for_start=False)
+    options = _options(arguments, bundle, wait_for_start=False)
     socket, detach = arguments.text("console-socket"), "detach" in arguments
     if bundle.terminal and (detach or socket):
         if not (detach and socket):
@@ -103,7 +123,7 @@ def run_command(root: str, words: list[str]) -> int:
             (lambda _state: None) if "keep" in arguments else container.destroy,
         )
     if detach:
-        state, launch = container.create(bundle, root, name, options)
+        state, launch = _create(bundle, root, name, options)
         _started(bundle, state)
         launch.close()
         return 0
@@ -112,9 +132,9 @@ def run_command(root: str, words: list[str]) -> int:
 
 def _run(
     bundle: Bundle, root: str, name: str, options: container.CreateOptions, console: int
-) -> tuple[State, Launch]:
+) -> tuple[State, Launched]:
     options.console = console
-    state, launch = container.create(bundle, root, name, options)
+    state, launch = _create(bundle, root, name, options)
     _started(bundle, state)
     return state, launch
 
@@ -132,7 +152,7 @@ def _run_foreground(
     from ringfence.container import waiting
 
     with waiting.Signals() as signals:
-        state, launch = container.create(bundle, root, name, options)
+        state, launch = _create(bundle, root, name, options)
         try:
             _started(bundle, state)
             status = signals.wait(launch.pid)
@@ -178,7 +198,8 @@ def kill_command(root: str, words: list[str]) -> int:
     state = State.load(root, arguments.rest[0])
     text = arguments.rest[1] if len(arguments.rest) == 2 else arguments.text("signal", "TERM")
     number = _NUMBERS.get(text.upper().removeprefix("SIG")) or _signal(text)
-    if "all" in arguments and state.group is not None:
+    # A machine's other processes run it: signals are for its program.
+    if "all" in arguments and state.group is not None and not state.machine:
         state.group.kill(number)
         return 0
     _kill(state, number)
@@ -191,13 +212,15 @@ def _kill(state: State, number: int) -> None:
         message = "container not running"
         raise StateError(message)
     try:
+        # Asked before it ends, and its place in /proc with it.
+        shared = os.path.samefile(f"/proc/{state.pid}/ns/pid", "/proc/self/ns/pid")
         os.kill(state.pid, number)
-    except ProcessLookupError as error:
+    except (FileNotFoundError, ProcessLookupError) as error:
         message = "container not running"
         raise StateError(message) from error
     if number != 9 or state.group is None:
         return
-    if os.path.samefile(f"/proc/{state.pid}/ns/pid", "/proc/self/ns/pid"):
+    if shared:
         # Without a namespace of their own, the others don't end with the first.
         state.group.kill()
     if state.group.frozen():

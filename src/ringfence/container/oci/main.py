@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 _VERSION = "1.1.5"
 _SPEC = "1.2.0"
-_GLOBAL = ("log log-format root criu rootless", "debug systemd-cgroup version/v help/h")
+_GLOBAL = ("log log-format root criu rootless engine", "debug systemd-cgroup version/v help/h")
 # Command: its module, with a function of the command's name in it.
 _COMMANDS = {
     "create": "lifecycle",
@@ -62,7 +62,8 @@ def main(words: list[str] | None = None) -> int:
         _report(options, command, f"{error.strerror}: {error.filename or command}")
     except BrokenPipeError:
         return 1
-    return 1
+    # As runc: one is what the command in the container may have ended with.
+    return 255 if command == "exec" else 1
 
 
 def _run(command: str, options: Arguments) -> int:
@@ -77,7 +78,10 @@ def _run(command: str, options: Arguments) -> int:
         message = f"the command {command} isn't there"
         raise ConfigError(message)
     root = os.path.abspath(options.text("root") or default_root())
-    return int(function(root, options.rest[1:]))
+    words = options.rest[1:]
+    if "engine" in options and command in {"create", "run"}:
+        words = ["--engine", options.text("engine"), *words]
+    return int(function(root, words))
 
 
 def _version() -> str:
@@ -100,7 +104,8 @@ def _help() -> str:
     return (
         "ringfence-oci: run containers of the OCI runtime specification\n\n"
         "usage: ringfence-oci [--root DIR] [--log FILE] [--log-format text|json] [--debug]\n"
-        "                     [--systemd-cgroup] COMMAND [OPTIONS] [ID]\n\n"
+        "                     [--systemd-cgroup] [--engine container|vm|kvm|bt]\n"
+        "                     COMMAND [OPTIONS] [ID]\n\n"
         f"commands: {commands}\n"
     )
 
