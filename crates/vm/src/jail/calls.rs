@@ -16,6 +16,8 @@ use crate::config::DeviceConfig;
 pub(crate) struct Needs {
     /// The engine makes code: executable mappings and signal handlers.
     pub(crate) makes_code: bool,
+    /// There are disks.
+    pub(crate) disks: bool,
     /// There are shared directories.
     pub(crate) shares: bool,
     /// There are network cards.
@@ -27,6 +29,7 @@ impl Needs {
         let has = |wanted: fn(&DeviceConfig) -> bool| config.devices.iter().any(wanted);
         Self {
             makes_code: config.engine == "bt",
+            disks: has(|device| matches!(device, DeviceConfig::Block(_))),
             shares: has(|device| matches!(device, DeviceConfig::Fs(_))),
             networks: has(|device| matches!(device, DeviceConfig::Net(_))),
         }
@@ -241,6 +244,10 @@ pub(super) fn of_thread(kind: ThreadKind, needs: Needs) -> Rules {
             rules.allow(TRANSFER).allow(SOCKETS);
             // The balloon punches holes into guest memory.
             rules.allow(&[libc::SYS_fcntl, libc::SYS_fallocate]);
+            if needs.disks {
+                // Writes are answered at once, and an image grows by them.
+                rules.allow(DISKS);
+            }
             if needs.shares {
                 rules.allow(SHARES);
             }
