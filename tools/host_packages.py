@@ -57,6 +57,7 @@ GROUPS: dict[str, tuple[Need, ...]] = {
         ),
         Need(package="qemu-utils", program="qemu-img", why="a second opinion on qcow2 images"),
         Need(package="e2fsprogs", program="mkfs.ext4", why="disk images with a file system"),
+        Need(package="xfsprogs", program="mkfs.xfs", why="likewise"),
         Need(package="erofs-utils", program="mkfs.erofs", why="images that hold a layer"),
         Need(package="iproute2", program="ip", why="the networks' tests"),
         Need(package="nftables", program="nft", why="the networks' tests"),

@@ -20,7 +20,10 @@ KERNEL_PACKAGE = "linux-image-cloud-amd64"
 BUSYBOX_PACKAGE = "busybox-static"
 
 # What the nested host loads, in its order; the modules these need are found in them.
-MODULES = ("virtio_pci", "virtio_console", "virtiofs", "overlay", "kvm-amd", "tun", "vhost_vsock")
+MODULES = (
+    *("virtio_pci", "virtio_console", "virtiofs", "overlay", "kvm-amd", "tun", "vhost_vsock"),
+    *("loop", "ext4"),
+)
 
 INIT = """\
 #!/bin/busybox sh

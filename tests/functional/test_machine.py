@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import subprocess
 import time
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ from ringfence.machine import state
 from ringfence.machine.machine import Machine
 from ringfence.machine.process import read_some
 from ringfence.machine.sandbox import Sandbox
+from tests.functional.disks import make_disk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -157,41 +157,6 @@ def test_mounts_and_the_working_directory(engine: EngineName, tmp_path: Path) ->
     assert not (tmp_path / "in/g").exists()
 
 
-@pytest.mark.parametrize("disk_format", ["raw", "qcow2"])
-def test_a_disk_as_the_root(engine: EngineName, tmp_path: Path, disk_format: str) -> None:
-    disk = make_disk(tmp_path, disk_format)
-    options: MachineOptions = {"engine": engine, "disk": disk, "disk_format": disk_format}  # type: ignore[typeddict-item]
-    before = hashlib.sha256(disk.read_bytes()).digest()
-    with Machine(**options) as machine:
-        assert machine.run(["/bin/busybox", "cat", "/hello"]).stdout == "on disk\n"
-        machine.files.write("/written", b"in memory")
-    assert hashlib.sha256(disk.read_bytes()).digest() == before
-    with Machine(**(options | {"writable": True})) as machine:
-        machine.files.write("/written", b"for good")
-    with Machine(**options) as machine:
-        assert machine.files.read("/written") == b"for good"
-    if disk_format == "qcow2":
-        subprocess.run(["qemu-img", "check", disk], check=True, capture_output=True)
-
-
-def make_disk(folder: Path, disk_format: str) -> Path:
-    """An ext4 file system with one program and one file."""
-    tree = folder / "tree"
-    (tree / "bin").mkdir(parents=True)
-    busybox = subprocess.run(["which", "busybox"], check=True, capture_output=True, text=True)
-    subprocess.run(["cp", busybox.stdout.strip(), tree / "bin/busybox"], check=True)
-    (tree / "hello").write_text("on disk\n")
-    raw = folder / "disk.raw"
-    command = ["mke2fs", "-q", "-t", "ext4", "-d", str(tree), str(raw), "32M"]
-    subprocess.run(command, check=True, capture_output=True)
-    if disk_format == "raw":
-        return raw
-    qcow2 = folder / "disk.qcow2"
-    convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(qcow2)]
-    subprocess.run(convert, check=True)
-    return qcow2
-
-
 def test_a_directory_as_the_root(engine: EngineName, tmp_path: Path) -> None:
     make_disk(tmp_path, "raw")
     with Machine(engine=engine, root=tmp_path / "tree") as machine:
@@ -230,6 +195,16 @@ def test_a_guest_that_turns_itself_off_ends_the_machine(engine: EngineName) -> N
         ending = machine.wait(10)
         assert ending is not None
         assert ending.reason == "poweroff"
+
+
+def test_a_guest_that_resets_itself_ends_the_machine(engine: EngineName) -> None:
+    with Machine(engine=engine) as machine, machine.popen(["sleep", "60"]):
+        # At once, as firmware's button does: the agent isn't asked.
+        with pytest.raises(GuestCrash, match="reset itself"):
+            machine.run(["sh", "-c", "echo b > /proc/sysrq-trigger; sleep 60"])
+        ending = machine.wait(10)
+    assert ending is not None
+    assert ending.reason == "reboot"
 
 
 def test_a_machines_time_is_up(engine: EngineName) -> None:

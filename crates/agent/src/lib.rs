@@ -9,6 +9,7 @@
 pub mod address;
 mod archive;
 pub mod boot;
+mod disk;
 pub mod error;
 mod exec;
 mod files;

@@ -1,5 +1,6 @@
 //! The guest's root file system: put together from its layers, entered, and furnished.
 
+use crate::disk;
 use crate::error::AgentError;
 use crate::error::Tried;
 use crate::message::Layer;
@@ -11,7 +12,6 @@ use crate::message::Writable;
 use crate::modules::Modules;
 use crate::place::below;
 use crate::place::bind;
-use crate::place::block_device;
 use crate::place::make_directory;
 use crate::place::mount;
 use rustix::io::Errno;
@@ -180,9 +180,9 @@ impl Hidden {
             return Ok(place.clone());
         }
         modules.load("virtio_blk")?;
-        modules.load(filesystem)?;
-        let device = block_device(source)?;
-        let device = device.to_string_lossy();
+        let found = disk::find(source, filesystem)?;
+        let (device, filesystem) = (found.device.to_string_lossy(), found.filesystem.as_str());
+        modules.load(disk::module_of(filesystem))?;
         let place = self.place();
         let flags = if read_only {
             MountFlags::RDONLY
@@ -191,12 +191,13 @@ impl Hidden {
         };
         match mount(&device, &place, filesystem, flags, options) {
             // A journal to replay on a disk that can't be written.
-            Err(error)
-                if read_only
-                    && filesystem == "ext4"
-                    && error.errno == Errno::ROFS.raw_os_error() =>
-            {
-                mount(&device, &place, filesystem, flags, "noload")?;
+            Err(error) if read_only && error.errno == Errno::ROFS.raw_os_error() => {
+                let as_it_is = match filesystem {
+                    "ext4" => "noload",
+                    "xfs" => "norecovery",
+                    _ => return Err(error),
+                };
+                mount(&device, &place, filesystem, flags, as_it_is)?;
             }
             other => other?,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ringfence.errors import ConfigError
 from ringfence.machine.options import MachineOptions, spec_from
@@ -40,6 +40,16 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--root", metavar="DIRECTORY", help="a directory of the host")
     files.add_argument("--disk", metavar="FILE", help="a disk image, together with --disk-format")
     files.add_argument("--disk-format", metavar="FORMAT", help="raw or qcow2: never guessed")
+    files.add_argument(
+        "--disk-partition", type=int, metavar="N", help="its root's partition (found; 0: the whole)"
+    )
+    files.add_argument(
+        "--disk-filesystem", metavar="TYPE", help="what is on it, as mount -t has it (found)"
+    )
+    files.add_argument(
+        "--disk-bandwidth", metavar="SIZE", help="bytes a second of its disk: 500K, 10M"
+    )
+    files.add_argument("--disk-iops", type=int, metavar="N", help="requests a second of its disk")
     files.add_argument(
         "--writable", action="store_true",
         help="changes go to the directory or disk itself, not to memory",
@@ -190,26 +200,26 @@ def machine_spec(args: argparse.Namespace) -> MachineSpec:
         "dns": args.dns,
         "hosts": _hosts(args.add_host),
         "bandwidth": args.bandwidth,
+        "disk_bandwidth": args.disk_bandwidth,
+        "disk_iops": args.disk_iops,
         "hostname": args.hostname,
         "boot_timeout_s": args.boot_timeout,
         "writable": args.writable,
     }
     if args.entrypoint is not None:
         options["entrypoint"] = shlex.split(args.entrypoint)
-    if args.kernel is not None:
-        options["kernel"] = args.kernel
-    if args.image is not None:
-        options["image"] = args.image
-    if args.root is not None:
-        options["root"] = args.root
-    if args.disk is not None:
-        options["disk"] = args.disk
-    if args.disk_format is not None:
-        options["disk_format"] = args.disk_format
-    if args.timeout is not None:
-        options["command_timeout_s"] = args.timeout
-    if args.machine_timeout is not None:
-        options["timeout_s"] = args.machine_timeout
-    if args.idle_timeout is not None:
-        options["idle_timeout_s"] = args.idle_timeout
+    optional = {
+        "kernel": args.kernel,
+        "image": args.image,
+        "root": args.root,
+        "disk": args.disk,
+        "disk_format": args.disk_format,
+        "disk_partition": args.disk_partition,
+        "disk_filesystem": args.disk_filesystem,
+        "command_timeout_s": args.timeout,
+        "timeout_s": args.machine_timeout,
+        "idle_timeout_s": args.idle_timeout,
+    }
+    given = {name: value for name, value in optional.items() if value is not None}
+    options |= cast("MachineOptions", given)
     return spec_from(options)

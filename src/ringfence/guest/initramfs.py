@@ -71,12 +71,13 @@ class Module:
     needs: tuple[str, ...]
 
 
-def build(kernel: Kernel, agent: Path) -> Path:
+def build(kernel: Kernel, agent: Path, further: tuple[str, ...] = ()) -> Path:
     """The initramfs for a kernel and an agent, made once and kept in the cache.
 
     Args:
         kernel: Whose modules it carries.
         agent: The static program ``ringfence-agent``.
+        further: Modules that only some machines need.
 
     Raises:
         ConfigError: The agent can't be read or is no static program for this processor.
@@ -85,10 +86,11 @@ def build(kernel: Kernel, agent: Path) -> Path:
     """
     program = _read_agent(agent)
     folder = _paths.cache_dir() / "initramfs"
-    path = folder / f"{kernel.version}-{_key(kernel, program)}.cpio"
+    wanted = MODULES + further
+    path = folder / f"{kernel.version}-{_key(kernel, program, wanted)}.cpio"
     if path.is_file():
         return path
-    modules = resolve_modules(kernel.modules, MODULES)
+    modules = resolve_modules(kernel.modules, wanted)
     if not _needs_signatures(kernel):
         modules = [dataclasses.replace(one, data=unsigned(one.data)) for one in modules]
     data = archive(_entries(program, modules))
@@ -125,10 +127,10 @@ def _read_agent(agent: Path) -> bytes:
     return program
 
 
-def _key(kernel: Kernel, program: bytes) -> str:
+def _key(kernel: Kernel, program: bytes, wanted: tuple[str, ...]) -> str:
     """Changes when the archive would."""
     status = kernel.image.stat()
-    words = (_FORMAT, kernel.version, kernel.modules, status.st_size, status.st_mtime_ns, MODULES)
+    words = (_FORMAT, kernel.version, kernel.modules, status.st_size, status.st_mtime_ns, wanted)
     digest = hashlib.sha256("\n".join(str(word) for word in words).encode())
     digest.update(program)
     return digest.hexdigest()[:16]

@@ -59,8 +59,11 @@ class LayerSpec:
     Args:
         kind: Where it comes from.
         source: A virtio-fs tag; a block device as ``/dev/vda`` or ``serial:NAME`` (the disk of that
-            serial number); or a directory of the initramfs.
-        filesystem: Of a block device: ``ext4``, ``erofs`` and others that the kernel has.
+            serial number), with ``/PARTITION`` behind it if need be: a number, or ``any`` for
+            the whole disk or else its largest partition with a file system; or a directory
+            of the initramfs.
+        filesystem: Of a block device: ``ext4``, ``erofs`` and others that the kernel has; ``auto``
+            lets the guest look.
         subpath: The directory of the file system to take, ``/`` for all of it.
     """
 
@@ -73,7 +76,7 @@ class LayerSpec:
         """Refuses a block device of an unsaid file system."""
         if self.kind is LayerKind.BLOCK and not self.filesystem:
             message = f"the file system of block device {self.source} is not said"
-            raise ConfigError(message, hint="name it: ext4, erofs, …; it is never guessed")
+            raise ConfigError(message, hint="name it: ext4, erofs, …; auto lets the guest look")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,10 @@ from ringfence.errors import ConfigError, FormatError, HostError, NotFoundError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ringfence.machine.spec import DiskFormat
+    from ringfence.machine.document import Json
+    from ringfence.machine.spec import DiskFormat, DiskRate
 
-__all__ = ["DiskImage", "chain"]
+__all__ = ["DiskImage", "chain", "limits"]
 
 _MAGIC = b"QFI\xfb"
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
@@ -62,6 +63,16 @@ def chain(path: Path, disk_format: DiskFormat) -> list[DiskImage]:
             raise FormatError(message, hint=f"join them: qemu-img rebase -b '' {path}")
         images.append(backing)
     return images
+
+
+def limits(rate: DiskRate) -> Json:
+    """A disk's limits as its device has them; nothing when there are none."""
+    given: Json = {}
+    if rate.bytes_per_s is not None:
+        given["bytes_per_s"] = rate.bytes_per_s
+    if rate.requests_per_s is not None:
+        given["ops_per_s"] = rate.requests_per_s
+    return {"rate": given} if given else {}
 
 
 def _check(image: DiskImage) -> DiskImage | None:

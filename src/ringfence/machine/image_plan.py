@@ -11,7 +11,7 @@ from ringfence.image import Store
 
 if TYPE_CHECKING:
     from ringfence.image import Image
-    from ringfence.machine.document import Document
+    from ringfence.machine.document import Document, Json
     from ringfence.machine.phases import Phases
     from ringfence.machine.spec import ImageRoot, MachineSpec
 
@@ -58,7 +58,7 @@ def with_defaults(
     return filled, (*entry, *arguments)
 
 
-def add_image(document: Document, root: ImageRoot) -> RootSpec:
+def add_image(document: Document, root: ImageRoot, limits: Json) -> RootSpec:
     """Adds the image as one read-only disk, under a writable layer in the guest's memory.
 
     A disk keeps the image's owners and device nodes whoever runs the machine, and is several times
@@ -67,6 +67,7 @@ def add_image(document: Document, root: ImageRoot) -> RootSpec:
     Args:
         document: Gets it.
         root: The image, which is in the store.
+        limits: Of the disk, as its device has them.
 
     Raises:
         ConfigError: The image is for another kind of processor.
@@ -77,5 +78,6 @@ def add_image(document: Document, root: ImageRoot) -> RootSpec:
         message = f"the image {root.reference} is for {image.config.platform}, not linux/amd64"
         raise ConfigError(message)
     fd = document.give_file(store.disk(image))
-    document.add_device("block", fd=fd, format="raw", backing=[], read_only=True, serial=_SERIAL)
+    fixed: Json = {"format": "raw", "backing": [], "read_only": True, "serial": _SERIAL}
+    document.add_device("block", fd=fd, **fixed, **limits)
     return RootSpec.block(f"serial:{_SERIAL}", "erofs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 import warnings
@@ -23,7 +24,7 @@ from ringfence.machine.control_server import SOCKET_NAME, ControlServer
 from ringfence.machine.driver import Place
 from ringfence.machine.options import MachineOptions, spec_from
 from ringfence.machine.phases import Phases
-from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot, MachineSpec
+from ringfence.machine.spec import DirectoryRoot, DiskRoot, ImageRoot, MachineSpec, root_words
 from ringfence.machine.watch import Watch
 
 if TYPE_CHECKING:
@@ -34,7 +35,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Machine"]
 
+_log = logging.getLogger(__name__)
+
 _STOP_GRACE_S = 10.0
+# Leaving a machine that changes files may take longer: what it wrote must not be lost on a slow host.
+_CLOSE_GRACE_S = 60.0
+# Who kills it knows that.
+_ENDED_IN_ORDER = ("poweroff", "reboot", "killed")
 
 
 class Machine(Commands):
@@ -78,6 +85,7 @@ class Machine(Commands):
         self._resources = ExitStack()
         self._watch: Watch | None = None
         self._closed = False
+        self._end_was_told = False
         self._reason = ""
         self._defaults = self._defaults_of(self._spec)
 
@@ -112,7 +120,8 @@ class Machine(Commands):
                 self._running = driver.start(self._spec, self._place(entry), self._phases)
                 self._entered(entry, self._running)
             except BaseException:
-                self.close()
+                with suppress(GuestCrash):
+                    self.close()
                 entry.remove()
                 raise
             self._phases.add("total", time.perf_counter() - begin)
@@ -163,7 +172,7 @@ class Machine(Commands):
             name=spec.name,
             engine=spec.engine,
             command=self._command,
-            root=_root_words(spec),
+            root=root_words(spec.root),
             vcpus=spec.vcpus,
             memory_mib=spec.memory_mib,
             network=spec.network,
@@ -249,6 +258,7 @@ class Machine(Commands):
             ending = self._running.wait(2.0)
             if ending is None:
                 return None
+            self._end_was_told = True
             words = f"the machine {self.name} ended: {ending.message}\n{ending.detail}"
             # The watch knows better why, if it was it.
             return self._time_error() or GuestCrash(words.rstrip())
@@ -296,8 +306,10 @@ class Machine(Commands):
         """Ends it in good order: commands end, disks are written; by force after that time."""
         running = self._live()
         with suppress(RingfenceError, OSError):
-            running.agent.power_off(grace_s=max(0.1, timeout_s / 2))
+            # Commands that don't end by themselves get no more than a service manager gives them.
+            running.agent.power_off(grace_s=max(0.1, min(timeout_s, _STOP_GRACE_S) / 2))
         if running.wait(timeout_s) is None:
+            _log.warning("the machine %s did not end in %g s and is killed", self.name, timeout_s)
             running.kill()
 
     def kill(self) -> None:
@@ -316,19 +328,34 @@ class Machine(Commands):
 
         Args:
             exit_code: How its command ended, to keep.
+
+        Raises:
+            GuestCrash: It ended before all that it changed outside of itself was written.
         """
+        lost: GuestCrash | None = None
         with self._lock:
             if self._closed:
                 return
             if self._running is not None and self.keeps_changes and self._ended_by is None:
                 with suppress(RingfenceError):
-                    self.stop()
+                    self.stop(_CLOSE_GRACE_S)
+                lost = self._lost(self._running)
             self._closed = True
             self._resources.close()
             if self._running is not None:
                 self._running.close()
             if self._entry is not None:
                 self._forget(self._entry, exit_code)
+        if lost is not None:
+            raise lost
+
+    def _lost(self, running: Running) -> GuestCrash | None:
+        """Says of a machine that changes files that it ended by itself, unless that was said."""
+        ending = running.wait(0.0)
+        if self._end_was_told or ending is None or ending.reason in _ENDED_IN_ORDER:
+            return None
+        words = f"the machine {self.name} ended before all was written: {ending.message}"
+        return GuestCrash(f"{words}\n{ending.detail}".rstrip())
 
     def _forget(self, entry: state.Entry, exit_code: int | None) -> None:
         if not self._keep:
@@ -350,7 +377,12 @@ class Machine(Commands):
         trace: TracebackType | None,
     ) -> None:
         """Destroys it."""
-        self.close()
+        try:
+            self.close()
+        except GuestCrash:
+            # What went wrong before comes first.
+            if error is None:
+                raise
 
     def __del__(self) -> None:
         """Warns when it was started and never closed; its end follows at once."""
@@ -358,13 +390,3 @@ class Machine(Commands):
             message = f"the machine {self.name} was not closed"
             warnings.warn(message, ResourceWarning, source=self, stacklevel=2)
             self.close()
-
-
-def _root_words(spec: MachineSpec) -> str:
-    match spec.root:
-        case HostRoot():
-            return "host"
-        case DirectoryRoot(path=path) | DiskRoot(path=path):
-            return str(path)
-        case ImageRoot(reference=reference):
-            return reference

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 from ringfence.errors import ConfigError
 from ringfence.machine.spec import (
     DirectoryRoot,
+    DiskRate,
     DiskRoot,
     HostRoot,
     ImageRoot,
@@ -53,6 +54,14 @@ class MachineOptions(TypedDict, total=False):
     """A disk image; with it ``disk_format``."""
     disk_format: DiskFormat
     """``raw`` or ``qcow2``: never guessed."""
+    disk_partition: int
+    """The partition of the disk that is the root; found unless said."""
+    disk_filesystem: str
+    """What is on it; found unless said."""
+    disk_bandwidth: int | str | None
+    """Bytes a second of each disk: a number, or text such as ``"10M"``."""
+    disk_iops: int | None
+    """Requests a second of each disk."""
     writable: bool
     """Changes go to the directory or disk itself."""
     mounts: Iterable[Mount | str]
@@ -99,7 +108,7 @@ def memory_mib(text: str | int) -> int:
     Raises:
         ConfigError: It is no size.
     """
-    if isinstance(text, int):
+    if not isinstance(text, str):
         return text
     found = _SIZE.fullmatch(text.strip())
     if found is None:
@@ -128,6 +137,10 @@ def spec_from(options: MachineOptions) -> MachineSpec:
         "dns": tuple(options.get("dns", ())),
         "hosts": dict(options.get("hosts", {})),
         "bandwidth": _bandwidth(options.get("bandwidth")),
+        "disk_rate": DiskRate(
+            bytes_per_s=_bandwidth(options.get("disk_bandwidth")),
+            requests_per_s=options.get("disk_iops"),
+        ),
         "env": dict(options.get("env", {})),
         "timeouts": Timeouts(
             machine_s=options.get("timeout_s"),
@@ -158,7 +171,7 @@ def _network(options: MachineOptions) -> dict[str, object]:
 
 
 def _bandwidth(given: int | str | None) -> int | None:
-    if given is None or isinstance(given, int):
+    if not isinstance(given, str):
         return given
     found = _SIZE.fullmatch(given.strip())
     if found is None or not float(found[1]):
@@ -187,7 +200,17 @@ def _root(options: MachineOptions) -> Root:
         if disk_format not in ("raw", "qcow2"):
             message = f"{disk_format!r} is not a format of disk images"
             raise ConfigError(message, hint="raw and qcow2 are known")
-        return DiskRoot(path=path, format=disk_format, writable=writable)
+        return DiskRoot(
+            path=path,
+            format=disk_format,
+            writable=writable,
+            partition=options.get("disk_partition"),
+            filesystem=options.get("disk_filesystem", ""),
+        )
+    said = [key for key in ("disk_format", "disk_partition", "disk_filesystem") if key in options]
+    if said:
+        message = f"{said[0]} was said, and there is no disk"
+        raise ConfigError(message, hint="add --disk FILE")
     if writable:
         message = "the host's own programs can't be made writable"
         raise ConfigError(message, hint="give a directory, a disk or an image as the root")

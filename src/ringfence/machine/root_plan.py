@@ -19,23 +19,26 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ringfence.machine.document import Document, Json
-    from ringfence.machine.spec import Mount, Root
+    from ringfence.machine.spec import DiskRate, Mount, Root
 
-__all__ = ["add_mounts", "add_root", "extra_mounts"]
+__all__ = ["add_mounts", "add_root", "extra_mounts", "modules"]
 
 _ROOT_TAG = "root"
 _MOUNTS_TAG = "mounts"
 # The guest finds its root disk by this serial number.
 _ROOT_SERIAL = "root"
+# What the guest may find on a disk, besides what every guest knows.
+_LARGE_FILESYSTEMS = ("btrfs", "xfs")
 
 
-def add_root(document: Document, root: Root, folder: Path) -> RootSpec:
+def add_root(document: Document, root: Root, folder: Path, rate: DiskRate) -> RootSpec:
     """Adds the root's device to the document.
 
     Args:
         document: Gets it.
         root: What it is.
         folder: For files of the machine's own.
+        rate: How fast it may be, if it is a disk.
 
     Raises:
         HostError: A file can't be opened.
@@ -51,15 +54,16 @@ def add_root(document: Document, root: Root, folder: Path) -> RootSpec:
             document.add_device("fs", tag=_ROOT_TAG, entries=[entry])
             return RootSpec.virtiofs(_ROOT_TAG, writable=_writable(direct=root.writable))
         case DiskRoot():
-            _add_disk(document, root)
-            source = f"/dev/vda{root.partition}" if root.partition else f"serial:{_ROOT_SERIAL}"
+            _add_disk(document, root, rate)
+            part = "any" if root.partition is None else str(root.partition or "")
+            source = f"serial:{_ROOT_SERIAL}/{part}".removesuffix("/")
             writable = _writable(direct=root.writable)
-            return RootSpec.block(source, root.filesystem, writable=writable)
+            return RootSpec.block(source, root.filesystem or "auto", writable=writable)
         case ImageRoot():
             # Most machines have no image, and the store takes its time to import.
             from ringfence.machine import image_plan  # noqa: PLC0415
 
-            return image_plan.add_image(document, root)
+            return image_plan.add_image(document, root, disk.limits(rate))
 
 
 def _ids() -> str:
@@ -75,7 +79,7 @@ def _writable(*, direct: bool) -> Writable:
     return Writable.DIRECT if direct else Writable.OVERLAY
 
 
-def _add_disk(document: Document, root: DiskRoot) -> None:
+def _add_disk(document: Document, root: DiskRoot, rate: DiskRate) -> None:
     first, *behind = disk.chain(root.path, root.format)
     fd = document.give_file(first.path, os.O_RDWR if root.writable else os.O_RDONLY)
     backing = [{"fd": document.give_file(image.path), "format": image.format} for image in behind]
@@ -86,7 +90,15 @@ def _add_disk(document: Document, root: DiskRoot) -> None:
         backing=backing,
         read_only=not root.writable,
         serial=_ROOT_SERIAL,
+        **disk.limits(rate),
     )
+
+
+def modules(root: Root) -> tuple[str, ...]:
+    """Modules for the file system of a disk that are too large for every guest to unpack."""
+    if not isinstance(root, DiskRoot):
+        return ()
+    return (root.filesystem,) if root.filesystem else _LARGE_FILESYSTEMS
 
 
 def extra_mounts(root: Root) -> list[MountSpec]:

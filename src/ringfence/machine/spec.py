@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DirectoryRoot",
     "DiskFormat",
+    "DiskRate",
     "DiskRoot",
     "EngineName",
     "HostRoot",
@@ -25,6 +26,7 @@ __all__ = [
     "Mount",
     "Root",
     "Timeouts",
+    "root_words",
 ]
 
 EngineName = Literal["auto", "kvm", "bt", "container"]
@@ -34,9 +36,17 @@ DiskFormat = Literal["raw", "qcow2"]
 
 MIN_MEMORY_MIB = 64
 MAX_VCPUS = 32
+MAX_PARTITION = 255
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
+_FILESYSTEM = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")
 _HOSTNAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
+
+
+def _check_whole(what: str, value: object) -> None:
+    if not isinstance(value, int):
+        message = f"{what} must be a whole number, not {value!r}"
+        raise ConfigError(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,15 +79,54 @@ class DiskRoot:
         path: The image file.
         format: How it is stored. Always said, never guessed: a guest can write any header.
         writable: The guest changes the image itself; else its changes stay in memory.
-        partition: The partition's number; 0 is the whole disk.
-        filesystem: What is on it, as ``mount -t`` names it.
+        partition: The partition's number; 0 is the whole disk. When None the guest looks: the whole
+            disk, else its largest partition with a file system.
+        filesystem: What is on it, as ``mount -t`` names it. When empty the guest looks: ext4, xfs,
+            btrfs, erofs, squashfs and iso9660 are known.
     """
 
     path: Path
     format: DiskFormat
     writable: bool = False
-    partition: int = 0
-    filesystem: str = "ext4"
+    partition: int | None = None
+    filesystem: str = ""
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without looking at the image.
+
+        Raises:
+            ConfigError: There can't be such a partition or file system.
+        """
+        if self.partition is not None and not 0 <= self.partition <= MAX_PARTITION:
+            message = f"a disk has partitions 1 to {MAX_PARTITION}, not {self.partition}"
+            raise ConfigError(message, hint="0 is the whole disk")
+        if self.filesystem and not _FILESYSTEM.fullmatch(self.filesystem):
+            message = f"{self.filesystem!r} is not the name of a file system"
+            raise ConfigError(message, hint="write it as mount -t does: ext4, xfs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRate:
+    """How fast each disk of a machine may be; None is as fast as it goes.
+
+    Args:
+        bytes_per_s: Bytes a second, read and written together.
+        requests_per_s: Requests a second.
+    """
+
+    bytes_per_s: int | None = None
+    requests_per_s: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks that something gets through.
+
+        Raises:
+            ConfigError: Nothing would.
+        """
+        for value in (self.bytes_per_s, self.requests_per_s):
+            if value is not None and value < 1:
+                message = f"a disk's limit must be at least 1 a second, not {value}"
+                raise ConfigError(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +141,17 @@ class ImageRoot:
 
 
 Root = HostRoot | DirectoryRoot | DiskRoot | ImageRoot
+
+
+def root_words(root: Root) -> str:
+    """A root file system in a word or a path, as ``ps`` shows it."""
+    match root:
+        case HostRoot():
+            return "host"
+        case DirectoryRoot(path=path) | DiskRoot(path=path):
+            return str(path)
+        case ImageRoot(reference=reference):
+            return reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +248,7 @@ class MachineSpec:
         dns: Name servers to ask instead of the host's.
         hosts: Names to addresses that its network answers.
         bandwidth: Bytes a second that it may send, and receive; None is as many as go.
+        disk_rate: How fast each of its disks may be.
         hostname: Its name for itself; the machine's name when empty.
         entrypoint: What comes before a command, in place of the image's; None is the image's own.
         kernel: A kernel's version or image; the newest at hand when None.
@@ -212,6 +273,7 @@ class MachineSpec:
     dns: tuple[str, ...] = ()
     hosts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     bandwidth: int | None = None
+    disk_rate: DiskRate = field(default_factory=DiskRate)
     hostname: str = ""
     entrypoint: tuple[str, ...] | None = None
     kernel: str | Path | None = None
@@ -229,6 +291,8 @@ class MachineSpec:
         if self.engine not in ENGINES:
             message = f"there is no engine {self.engine!r}"
             raise ConfigError(message, hint=f"choose one of {', '.join(ENGINES)}")
+        _check_whole("vcpus", self.vcpus)
+        _check_whole("the memory in MiB", self.memory_mib)
         if not 1 <= self.vcpus <= MAX_VCPUS:
             message = f"a machine has 1 to {MAX_VCPUS} vCPUs, not {self.vcpus}"
             raise ConfigError(message)
@@ -240,6 +304,9 @@ class MachineSpec:
         if self.workdir and not self.workdir.startswith("/"):
             message = f"the working directory must be an absolute path, not {self.workdir!r}"
             raise ConfigError(message)
+        if self.disk_rate != DiskRate() and not isinstance(self.root, DiskRoot | ImageRoot):
+            message = "a disk's limit was given, and this machine has no disk"
+            raise ConfigError(message, hint="only --disk and --image make one")
         self._check_mounts()
         self._check_env()
 

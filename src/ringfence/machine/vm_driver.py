@@ -142,12 +142,13 @@ def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -
     with phases.measure("kernel"):
         kernel = kernels.find(spec.kernel)
     with phases.measure("initramfs"):
-        image = initramfs.build(kernel, _binaries.find("ringfence-agent"))
+        further = root_plan.modules(spec.root)
+        image = initramfs.build(kernel, _binaries.find("ringfence-agent"), further)
     document = Document(
         name=place.name, engine=spec.engine, memory_mib=spec.memory_mib, vcpus=spec.vcpus
     )
     with document, phases.measure("vm process"):
-        root = root_plan.add_root(document, spec.root, place.folder)
+        root = root_plan.add_root(document, spec.root, place.folder, spec.disk_rate)
         mounts = root_plan.extra_mounts(spec.root)
         mounts += root_plan.add_mounts(document, spec.mounts, _owner(spec))
         interfaces = network_plan.add_networks(document, spec, place, stack)
@@ -220,13 +221,17 @@ def _bring_up(
 ) -> Agent:
     """Waits for the guest's agent and tells it what its machine is."""
     path = place.sockets / _VSOCK
+    failing = ExitStack()
     try:
-        with phases.measure("kernel boot"):
-            agent = Agent.accept(handout, lambda: connect_vsock(path), boot_s)
-        # Nobody else is to be reached: further connections of the guest are refused.
-        handout.close()
-        with phases.measure("guest setup"):
-            agent.setup(setup, timeout_s=boot_s)
+        with failing:
+            with phases.measure("kernel boot"):
+                agent = Agent.accept(handout, lambda: connect_vsock(path), boot_s)
+            failing.callback(agent.close)
+            # Nobody else is to be reached: further connections of the guest are refused.
+            handout.close()
+            with phases.measure("guest setup"):
+                agent.setup(setup, timeout_s=boot_s)
+            failing.pop_all()
     except GuestTimeout as error:
         log = place.folder / "console.log"
         tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""

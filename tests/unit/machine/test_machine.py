@@ -18,6 +18,7 @@ from ringfence.errors import (
 )
 from ringfence.machine import state
 from ringfence.machine.attached import AttachedMachine
+from ringfence.machine.driver import Ending
 from ringfence.machine.machine import Machine
 from ringfence.machine.sandbox import Sandbox
 from ringfence.machine.spec import MachineSpec
@@ -169,6 +170,28 @@ def test_a_machine_that_changes_the_host_is_powered_off_in_order(
     ending = driver.started[0].ending
     assert ending is not None
     assert ending.reason == "poweroff"
+
+
+def test_one_that_ended_before_all_was_written_says_so(driver: FakeDriver, tmp_path: Path) -> None:
+    machine = Machine(engine="bt", mounts=[f"{tmp_path}:/x"]).start()
+    driver.started[0].end(Ending(reason="failed", message="it fell", detail="its last words"))
+    with pytest.raises(GuestCrash, match=r"before all was written: it fell\nits last words"):
+        machine.close()
+    assert driver.started[0].closed
+    assert state.list_machines() == []
+
+
+def test_a_crash_that_was_told_is_not_told_again(driver: FakeDriver, tmp_path: Path) -> None:
+    def crash() -> None:
+        driver.started[0].end(Ending(reason="failed", message="it fell"))
+        message = "told"
+        raise GuestCrash(message)
+
+    with (
+        pytest.raises(GuestCrash, match="told"),
+        Machine(engine="bt", mounts=[f"{tmp_path}:/x"]),
+    ):
+        crash()
 
 
 def test_one_that_does_not_is_just_killed(driver: FakeDriver, tmp_path: Path) -> None:

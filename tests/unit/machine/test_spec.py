@@ -8,7 +8,7 @@ import pytest
 
 from ringfence.errors import ConfigError
 from ringfence.machine.options import MachineOptions, memory_mib, spec_from
-from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot, Mount
+from ringfence.machine.spec import DirectoryRoot, DiskRate, DiskRoot, HostRoot, ImageRoot, Mount
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,8 @@ from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot,
     [
         ({"vcpus": 0}, "1 to 32 vCPUs, not 0"),
         ({"vcpus": 33}, "not 33"),
+        ({"vcpus": "2"}, "a whole number, not '2'"),
+        ({"memory": 1.5}, "a whole number, not 1.5"),
         ({"memory": 8}, "at least 64 MiB"),
         ({"memory": "lots"}, "'lots' is not a size"),
         ({"memory": "-1G"}, "not a size"),
@@ -35,6 +37,12 @@ from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot,
         ({"image": "a", "root": "/b"}, "not both"),
         ({"disk": "/a"}, "never guessed"),
         ({"disk": "/a", "disk_format": "vmdk"}, "not a format"),
+        ({"disk_format": "raw"}, "there is no disk"),
+        ({"disk": "/a", "disk_format": "raw", "disk_partition": -1}, "partitions 1 to 255, not -1"),
+        ({"disk": "/a", "disk_format": "raw", "disk_filesystem": "-o"}, "not the name of a file"),
+        ({"disk": "/a", "disk_format": "raw", "disk_iops": 0}, "at least 1 a second"),
+        ({"disk": "/a", "disk_format": "raw", "disk_bandwidth": "fast"}, "bytes a second"),
+        ({"disk_bandwidth": "1M"}, "this machine has no disk"),
         ({"writable": True}, "can't be made writable"),
         ({"timeout_s": 0}, "more than 0 seconds"),
         ({"command_timeout_s": -1}, "more than 0 seconds"),
@@ -61,6 +69,21 @@ def test_roots() -> None:
     assert spec_from({"disk": "/d", "disk_format": "raw"}).root == DiskRoot(
         path=Path("/d"), format="raw"
     )
+
+
+def test_a_disks_limits_and_place() -> None:
+    options: MachineOptions = {
+        "disk": "/d",
+        "disk_format": "qcow2",
+        "disk_partition": 3,
+        "disk_filesystem": "xfs",
+        "disk_bandwidth": "10M",
+        "disk_iops": 100,
+    }
+    spec = spec_from(options)
+    assert spec.disk_rate == DiskRate(bytes_per_s=10 << 20, requests_per_s=100)
+    assert isinstance(spec.root, DiskRoot)
+    assert (spec.root.partition, spec.root.filesystem) == (3, "xfs")
 
 
 def test_a_mount_is_writable_unless_said() -> None:
