@@ -10,6 +10,8 @@ use rustix::fs::OFlags;
 use rustix::net::SendAncillaryBuffer;
 use rustix::net::SendAncillaryMessage;
 use rustix::net::SendFlags;
+use rustix::termios::OptionalActions;
+use rustix::termios::OutputModes;
 use rustix::termios::Winsize;
 
 use crate::error::InitError;
@@ -39,6 +41,11 @@ pub(crate) fn open(tree: &Tree, console: &Console) -> Result<OwnedFd, InitError>
             ws_ypixel: 0,
         };
         rustix::termios::tcsetwinsize(&multiplexer, size).step(what)?;
+    }
+    if console.copied {
+        let mut modes = rustix::termios::tcgetattr(&terminal).step(what)?;
+        modes.output_modes -= OutputModes::ONLCR;
+        rustix::termios::tcsetattr(&terminal, OptionalActions::Now, &modes).step(what)?;
     }
     let number = sys::terminal_number(multiplexer.as_fd()).step(what)?;
     if console.mount {

@@ -18,24 +18,44 @@ use crate::error::InitError;
 use crate::error::Step;
 use crate::plan::Hook;
 
+/// How much of a hook's words an error repeats, in bytes.
+const LONGEST: usize = 1000;
+
 /// Runs hooks in turn, with the container's state on their standard input; the first failure ends it.
-pub(crate) fn run(hooks: &[Hook], state: &str) -> Result<(), InitError> {
-    hooks.iter().try_for_each(|hook| run_one(hook, state))
+///
+/// A hook without an environment has the given one.
+pub(crate) fn run(
+    kind: &str,
+    hooks: &[Hook],
+    state: &str,
+    environment: &[String],
+) -> Result<(), InitError> {
+    for (number, hook) in hooks.iter().enumerate() {
+        run_one(hook, state, environment).map_err(|error| {
+            InitError::Refused(format!("error running {kind} hook #{number}: {error}"))
+        })?;
+    }
+    Ok(())
 }
 
-fn run_one(hook: &Hook, state: &str) -> Result<(), InitError> {
-    let what = || format!("run the hook {}", hook.path);
+fn run_one(hook: &Hook, state: &str, environment: &[String]) -> Result<(), InitError> {
+    let what = || format!("run {}", hook.path);
     let mut command = Command::new(&hook.path);
     if let Some((first, others)) = hook.args.split_first() {
         command.arg0(first).args(others);
     }
+    let environment = if hook.env.is_empty() {
+        environment
+    } else {
+        &hook.env
+    };
     command
         .env_clear()
-        .envs(hook.env.iter().filter_map(|pair| pair.split_once('=')));
+        .envs(environment.iter().filter_map(|pair| pair.split_once('=')));
     command
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
-        .stderr(Stdio::null());
+        .stderr(Stdio::piped());
     let mut child = command.spawn().step(what)?;
     if let Some(mut input) = child.stdin.take() {
         // A hook needn't read its state.
@@ -47,22 +67,25 @@ fn run_one(hook: &Hook, state: &str) -> Result<(), InitError> {
             let _gone = child.kill();
             let _status = child.wait();
             return Err(InitError::Refused(format!(
-                "the hook {} took longer than {limit} s",
+                "{} took longer than {limit} s",
                 hook.path
             )));
         }
     }
-    let status = child.wait().step(what)?;
-    if status.success() {
+    let ended = child.wait_with_output().step(what)?;
+    if ended.status.success() {
         return Ok(());
     }
-    let how = match status.signal() {
+    let how = match ended.status.signal() {
         Some(signal) => format!("signal {signal}"),
-        None => format!("exit status {}", status.code().unwrap_or(-1)),
+        None => format!("exit status {}", ended.status.code().unwrap_or(-1)),
     };
+    let said =
+        String::from_utf8_lossy(&ended.stderr[..ended.stderr.len().min(LONGEST)]).into_owned();
     Err(InitError::Refused(format!(
-        "the hook {} failed: {how}",
-        hook.path
+        "{} failed: {how}: {}",
+        hook.path,
+        said.trim()
     )))
 }
 

@@ -50,7 +50,11 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match read_plan(runtime.0).and_then(|plan| stage::run(&plan, &mut runtime.1)) {
+    let carried_out = read_plan(runtime.0).and_then(|plan| {
+        leave_to_caller(&plan, &runtime.1)?;
+        stage::run(&plan, &mut runtime.1)
+    });
+    match carried_out {
         Ok(status) => status,
         Err(error) => {
             runtime.1.tell(&Message::Error {
@@ -75,6 +79,24 @@ fn connect() -> Result<(File, Runtime), InitError> {
     // What the runtime's caller left open must not reach the container.
     sys::close_on_exec_from(3).step(|| "mark descriptors".to_owned())?;
     Ok((File::from(plan), Runtime::new(status, answers)))
+}
+
+/// Closes what the runtime's caller had open and nobody gave to the container: a created container
+/// may wait for long before the next program would close it.
+fn leave_to_caller(plan: &Plan, runtime: &Runtime) -> Result<(), InitError> {
+    let what = || "close descriptors of the caller's".to_owned();
+    let mut ours = runtime.descriptors().to_vec();
+    ours.extend(plan.descriptors());
+    let open: Vec<RawFd> = std::fs::read_dir("/proc/self/fd")
+        .step(what)?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    for number in open {
+        if number > 2 && !ours.contains(&number) {
+            sys::close(number);
+        }
+    }
+    Ok(())
 }
 
 fn read_plan(source: File) -> Result<Plan, InitError> {

@@ -41,6 +41,7 @@ fn new(tree: &Tree, mount: &Mount, filesystem: &str) -> Result<(), InitError> {
     if mount.no_link {
         refuse_link(tree, &mount.target)?;
     }
+    let was_there = tree.handle(Path::new(&mount.target)).is_ok();
     let target = tree.make(&mount.target, Kind::Directory)?;
     let what = || format!("mount {filesystem} at {}", mount.target);
     let flags = MountFlags::from_bits_retain(u32::try_from(mount.flags).unwrap_or(u32::MAX));
@@ -67,6 +68,15 @@ fn new(tree: &Tree, mount: &Mount, filesystem: &str) -> Result<(), InitError> {
         data.as_c_str(),
     )
     .step(what)?;
+    if filesystem == "tmpfs"
+        && was_there
+        && !mount.data.split(',').any(|word| word.starts_with("mode="))
+        && let Some(mode) = mode.clone()
+    {
+        // It looks as what it covers did, unless it is said how; read only it can't be changed.
+        let new = tree.handle(Path::new(&mount.target)).step(what)?;
+        let _kept = fs::set_permissions(Tree::name(new.as_fd()), mode);
+    }
     if let Some(hidden) = copied {
         let new = tree.handle(Path::new(&mount.target)).step(what)?;
         copy_tree(
@@ -109,16 +119,16 @@ fn bind(tree: &Tree, mount: &Mount) -> Result<(), InitError> {
     if mount.recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    let source = rustix::mount::open_tree(CWD, mount.source.as_str(), flags).step(what)?;
+    let source = match mount.tree {
+        Some(number) => sys::inherited(number).step(what)?,
+        None => rustix::mount::open_tree(CWD, mount.source.as_str(), flags).step(what)?,
+    };
     let status = rustix::fs::fstat(&source).step(what)?;
     let kind = match FileType::from_raw_mode(status.st_mode) {
         FileType::Directory => Kind::Directory,
         _ => Kind::File,
     };
     let target = tree.make(&mount.target, kind)?;
-    if mount.id_map.is_some() {
-        sys::mount_setattr(source.as_fd(), mount.recursive, 0, 0, mount.id_map).step(what)?;
-    }
     attach(&source, target.as_fd()).step(what)?;
     // Attributes come last: a mount that is attached can be changed by the older call too.
     if mount.set | mount.clear != 0 {

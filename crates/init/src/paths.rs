@@ -1,13 +1,17 @@
 //! Paths of the container, resolved so that no link in it leads out of it.
 
+use std::collections::VecDeque;
+use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStringExt;
 use std::path::Component;
 use std::path::Path;
 use std::path::PathBuf;
 
+use rustix::fs::FileType;
 use rustix::fs::Mode;
 use rustix::fs::OFlags;
 use rustix::fs::ResolveFlags;
@@ -18,6 +22,8 @@ use crate::error::Step;
 
 const HANDLE: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
 const DIRECTORY: Mode = Mode::from_raw_mode(0o755);
+/// As many as the kernel follows.
+const MOST_LINKS: u32 = 40;
 const FILE: Mode = Mode::from_raw_mode(0o644);
 
 /// The container's root while it is put together.
@@ -89,32 +95,50 @@ impl Tree {
             Err(Errno::NOENT) => {}
             result => return result.step(|| format!("open {} in the container", path.display())),
         }
-        let clean = clean(path)?;
+        let mut pending = parts(&clean(path)?);
         let mut so_far = PathBuf::new();
-        let mut parent = self
-            .handle(Path::new("/"))
-            .step(|| "open the root".to_owned())?;
-        let count = clean.components().count();
-        for (index, part) in clean.components().enumerate() {
+        let mut links = 0;
+        while let Some(part) = pending.pop_front() {
             let what = || format!("make {} in the container", path.display());
-            so_far.push(part);
-            parent = match self.handle(&so_far) {
+            if part == ".." {
+                so_far.pop();
+                continue;
+            }
+            let next = so_far.join(&part);
+            match self.handle_no_follow(&next) {
+                Ok(handle) if is_link(&handle).step(what)? => {
+                    links += 1;
+                    if links > MOST_LINKS {
+                        return Err(Errno::LOOP).step(what);
+                    }
+                    // A link to what isn't there: what it names is made, seen from this root.
+                    let target = rustix::fs::readlinkat(&handle, "", Vec::new()).step(what)?;
+                    let target = PathBuf::from(OsString::from_vec(target.into_bytes()));
+                    if target.is_absolute() {
+                        so_far.clear();
+                    }
+                    for part in parts(&target).into_iter().rev() {
+                        pending.push_front(part);
+                    }
+                }
+                Ok(_) => so_far = next,
                 Err(Errno::NOENT) => {
-                    let last = index + 1 == count;
-                    let made = if last && kind == Kind::File {
-                        make_file(&parent, Path::new(part.as_os_str()))
+                    let parent = self.handle(&so_far).step(what)?;
+                    let made = if pending.is_empty() && kind == Kind::File {
+                        make_file(&parent, Path::new(&part))
                     } else {
                         rustix::fs::mkdirat(&parent, part.as_os_str(), DIRECTORY)
                     };
                     match made {
-                        Ok(()) | Err(Errno::EXIST) => self.handle(&so_far).step(what)?,
+                        Ok(()) | Err(Errno::EXIST) => so_far = next,
                         Err(error) => return Err(error).step(what),
                     }
                 }
-                result => result.step(what)?,
-            };
+                Err(error) => return Err(error).step(what),
+            }
         }
-        Ok(parent)
+        self.handle(&so_far)
+            .step(|| format!("open {} in the container", path.display()))
     }
 
     /// The directory of a path, made when missing, and the last name.
@@ -127,6 +151,22 @@ impl Tree {
         let parent = self.make(&format!("/{}", parent.display()), Kind::Directory)?;
         Ok((parent, PathBuf::from(name)))
     }
+}
+
+fn is_link(handle: &OwnedFd) -> Result<bool, Errno> {
+    let status = rustix::fs::fstat(handle)?;
+    Ok(FileType::from_raw_mode(status.st_mode) == FileType::Symlink)
+}
+
+/// The names of a path, `..` included.
+fn parts(path: &Path) -> VecDeque<OsString> {
+    path.components()
+        .filter_map(|part| match part {
+            Component::Normal(name) => Some(name.to_owned()),
+            Component::ParentDir => Some("..".into()),
+            _ => None,
+        })
+        .collect()
 }
 
 fn make_file(parent: &OwnedFd, name: &Path) -> Result<(), Errno> {
@@ -178,13 +218,29 @@ mod tests {
         let outside = scratch("outside");
         let root = scratch("links");
         symlink(&outside, root.join("way")).unwrap();
+        symlink("../../../run/file", root.join("file")).unwrap();
 
-        let made = tree(&root).make("/way/deep/dir", Kind::Directory);
+        tree(&root).make("/way/deep/dir", Kind::Directory).unwrap();
+        tree(&root).make("/file", Kind::File).unwrap();
 
-        // The link's target doesn't exist inside, so nothing can be made at it.
-        assert!(matches!(made, Err(InitError::System { .. })), "{made:?}");
+        // What they name is seen from the container's root, and made there.
+        let inside = root.join(outside.strip_prefix("/").unwrap());
+        assert!(inside.join("deep/dir").is_dir());
+        assert!(root.join("run/file").is_file());
         assert!(!outside.join("deep").exists());
         fs::remove_dir_all(outside).unwrap();
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn links_to_themselves_end() {
+        let root = scratch("loop");
+        symlink("b", root.join("a")).unwrap();
+        symlink("a", root.join("b")).unwrap();
+
+        let made = tree(&root).make("/a/x", Kind::Directory);
+
+        assert!(matches!(made, Err(InitError::System { .. })), "{made:?}");
         fs::remove_dir_all(root).unwrap();
     }
 

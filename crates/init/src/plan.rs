@@ -64,6 +64,21 @@ pub(crate) struct Plan {
     pub(crate) process: Process,
 }
 
+impl Plan {
+    /// The descriptors that the plan names.
+    pub(crate) fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        let mounts = self.root.iter().flat_map(|root| &root.mounts);
+        let trees = mounts.filter_map(|mount| mount.tree);
+        let console = self.console.iter().map(|console| console.socket);
+        let kept = self.keep_descriptors.iter().copied();
+        let alone = [self.start_fifo, self.process.program];
+        trees
+            .chain(console)
+            .chain(kept)
+            .chain(alone.into_iter().flatten())
+    }
+}
+
 /// A namespace that exists.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -116,6 +131,9 @@ pub(crate) struct Root {
     /// Ask the runtime for its hooks before the root is changed.
     #[serde(default)]
     pub(crate) ask_hooks: bool,
+    /// Mounts to be made read only once everything is in them.
+    #[serde(default)]
+    pub(crate) late_read_only: Vec<String>,
     /// Run before the root is changed, in the container's namespaces.
     #[serde(default)]
     pub(crate) create_hooks: Vec<Hook>,
@@ -187,8 +205,9 @@ pub(crate) struct Mount {
     /// Refused when the target is a symbolic link: `/proc` and `/sys`.
     #[serde(default)]
     pub(crate) no_link: bool,
-    /// A user namespace whose maps the mount's owners go through.
-    pub(crate) id_map: Option<RawFd>,
+    /// A mount that the runtime has made already, and that is nowhere yet: what a user namespace
+    /// can't reach by its path, or with owners of its own.
+    pub(crate) tree: Option<RawFd>,
 }
 
 /// A device node.
@@ -215,6 +234,9 @@ pub(crate) struct Console {
     pub(crate) socket: RawFd,
     pub(crate) rows: u16,
     pub(crate) columns: u16,
+    /// Newlines leave it as they are: another terminal, to which it is copied, turns them.
+    #[serde(default)]
+    pub(crate) copied: bool,
     /// Put it at `/dev/console` as well.
     #[serde(default)]
     pub(crate) mount: bool,
@@ -259,8 +281,36 @@ pub(crate) struct Process {
     pub(crate) personality: Option<u64>,
     /// Class and priority as `ioprio_set` wants them.
     pub(crate) io_priority: Option<i32>,
+    pub(crate) scheduler: Option<Scheduler>,
+    pub(crate) memory_policy: Option<MemoryPolicy>,
+    /// Processors to run on once it is set up, a bit each; None: all that the cgroup has.
+    pub(crate) affinity: Option<Vec<u64>>,
     /// A program by descriptor rather than by its first argument.
     pub(crate) program: Option<RawFd>,
+}
+
+/// How a process is scheduled: the fields of `struct sched_attr`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Scheduler {
+    pub(crate) policy: u32,
+    pub(crate) flags: u64,
+    pub(crate) nice: i32,
+    pub(crate) priority: u32,
+    /// Nanoseconds, as the two below.
+    pub(crate) runtime: u64,
+    pub(crate) deadline: u64,
+    pub(crate) period: u64,
+}
+
+/// From which nodes memory comes.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MemoryPolicy {
+    /// `MPOL_*` with its flags.
+    pub(crate) mode: u32,
+    /// A bit each.
+    pub(crate) nodes: Vec<u64>,
 }
 
 /// Sets of capabilities, a bit each.

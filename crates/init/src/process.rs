@@ -96,7 +96,7 @@ pub(crate) fn become_program(
             .step(|| format!("enter the directory {}", process.cwd))?;
     }
     let program = find(process)?;
-    hold(plan, proc, state, runtime)?;
+    hold(plan, proc, runtime)?;
     if plan.reaper {
         reaper::stay()?;
     }
@@ -106,6 +106,8 @@ pub(crate) fn become_program(
     {
         sys::seccomp(filter).step(|| "install the system call filter".to_owned())?;
     }
+    // As in runc: with what the program has, its filter included.
+    hooks::run("startContainer", &plan.start_hooks, state, &process.env)?;
     Err(start(plan, program))
 }
 
@@ -115,6 +117,17 @@ fn limits(process: &Process) -> Result<(), InitError> {
     }
     if let Some(value) = process.io_priority {
         sys::io_priority(value).step(|| format!("set the I/O priority {value:#x}"))?;
+    }
+    // What the caller was bound to isn't the container's business; its cgroup is.
+    let _none = sys::set_affinity(None);
+    if let Some(mask) = &process.affinity {
+        sys::set_affinity(Some(mask)).step(|| "set the processors to run on".to_owned())?;
+    }
+    if let Some(policy) = &process.memory_policy {
+        sys::set_memory_policy(policy).step(|| "set the memory policy".to_owned())?;
+    }
+    if let Some(scheduler) = &process.scheduler {
+        sys::set_scheduler(scheduler).step(|| "set the scheduler".to_owned())?;
     }
     for &(resource, soft, hard) in &process.limits {
         sys::set_limit(resource, soft, hard)
@@ -174,7 +187,7 @@ fn change_user(process: &Process, last: u32) -> Result<(), InitError> {
 }
 
 /// Tells the runtime that all is set, and waits for `start` where the container was only created.
-fn hold(plan: &Plan, proc: &OwnedFd, state: &str, runtime: &mut Runtime) -> Result<(), InitError> {
+fn hold(plan: &Plan, proc: &OwnedFd, runtime: &mut Runtime) -> Result<(), InitError> {
     runtime.tell(&Message::Ready(true));
     if let Some(fifo) = plan.start_fifo {
         let what = || "wait for the start".to_owned();
@@ -189,7 +202,7 @@ fn hold(plan: &Plan, proc: &OwnedFd, state: &str, runtime: &mut Runtime) -> Resu
         };
         fifo.write_all(b"0").step(what)?;
     }
-    hooks::run(&plan.start_hooks, state)
+    Ok(())
 }
 
 /// A directory outside the root, kept through an inherited descriptor, has no path here.
@@ -293,10 +306,11 @@ fn start(plan: &Plan, program: Option<CString>) -> InitError {
         },
         (None, None) => Errno::NOENT.into(),
     };
-    InitError::System {
-        step: format!("exec {:?}", plan.process.args.first()),
-        source,
-    }
+    // Without the number: engines look for the words.
+    let reason = source.to_string();
+    let reason = reason.split(" (os error").next().unwrap_or(&reason);
+    let program = plan.process.args.first().map_or("", String::as_str);
+    InitError::Refused(format!("exec {program}: {}", reason.to_lowercase()))
 }
 
 /// The user's directory by the container's own list of users.

@@ -132,16 +132,22 @@ pub(crate) fn enter(
     let mut state = String::new();
     if root.ask_hooks {
         state = runtime.ask("hooks")?;
-        hooks::run(&root.create_hooks, &state)?;
+        hooks::run("createContainer", &root.create_hooks, &state, &[])?;
     }
     for path in &root.read_only_paths {
         protect(tree, path)?;
     }
     if !root.masked.is_empty() {
         let null = open_null()?;
+        let mut nothing = None;
         for path in &root.masked {
-            mask(tree, path, &null, root.label.as_deref())?;
+            mask(tree, path, &null, &mut nothing, root.label.as_deref())?;
         }
+    }
+    for path in &root.late_read_only {
+        let what = || format!("make {path} read only");
+        let handle = tree.handle(Path::new(path)).step(what)?;
+        mounts::set_attributes(handle.as_fd(), false, READ_ONLY, 0, None).step(what)?;
     }
     if root.read_only {
         mounts::set_attributes(tree.root(), false, READ_ONLY, 0, None)
@@ -178,7 +184,14 @@ fn open_null() -> Result<OwnedFd, InitError> {
     ))
 }
 
-fn mask(tree: &Tree, path: &str, null: &OwnedFd, label: Option<&str>) -> Result<(), InitError> {
+/// Hides a path. Directories are all hidden by one empty file system, made for the first of them.
+fn mask(
+    tree: &Tree,
+    path: &str,
+    null: &OwnedFd,
+    nothing: &mut Option<OwnedFd>,
+    label: Option<&str>,
+) -> Result<(), InitError> {
     let what = || format!("hide {path}");
     let handle = match tree.handle(Path::new(path)) {
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
@@ -186,18 +199,24 @@ fn mask(tree: &Tree, path: &str, null: &OwnedFd, label: Option<&str>) -> Result<
     };
     let status = rustix::fs::fstat(&handle).step(what)?;
     if FileType::from_raw_mode(status.st_mode) == FileType::Directory {
+        if let Some(nothing) = nothing {
+            let copy = mounts::copy_of(nothing.as_fd(), false).step(what)?;
+            return mounts::attach(&copy, handle.as_fd()).step(what);
+        }
         let data = label.map_or_else(CString::default, |text| {
             CString::new(text).unwrap_or_default()
         });
         let place = Tree::name(handle.as_fd());
-        return rustix::mount::mount(
+        rustix::mount::mount(
             "tmpfs",
             place.as_str(),
             "tmpfs",
             MountFlags::RDONLY,
             data.as_c_str(),
         )
-        .step(what);
+        .step(what)?;
+        *nothing = Some(tree.handle(Path::new(path)).step(what)?);
+        return Ok(());
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
@@ -210,6 +229,7 @@ fn change(root: &Root, tree: &Tree) -> Result<(), InitError> {
     let what = || "change the root".to_owned();
     rustix::process::fchdir(tree.root()).step(what)?;
     if root.no_pivot {
+        hide_bare_file_systems(&root.path);
         rustix::mount::mount_move(".", "/").step(what)?;
         rustix::process::chroot(".").step(what)?;
         return rustix::process::chdir("/").step(what);
@@ -223,6 +243,26 @@ fn change(root: &Root, tree: &Tree) -> Result<(), InitError> {
     .step(what)?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).step(what)?;
     rustix::process::chdir("/").step(what)
+}
+
+/// Without pivot_root the host's mounts stay behind the new root. A `/proc` or `/sys` among them
+/// with nothing masked would let a user namespace inside mount its own such.
+fn hide_bare_file_systems(root: &str) {
+    let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else {
+        return;
+    };
+    let places = table.lines().rev().filter_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let kind = after.split(' ').next()?;
+        let place = before.split(' ').nth(4)?;
+        let inside = place == root || place.starts_with(&format!("{root}/"));
+        (matches!(kind, "proc" | "sysfs") && !inside).then_some(place)
+    });
+    for place in places {
+        if rustix::mount::unmount(place, UnmountFlags::DETACH).is_err() {
+            let _kept = rustix::mount::mount("tmpfs", place, "tmpfs", MountFlags::empty(), c"");
+        }
+    }
 }
 
 /// Names the machine, and sets kernel settings of its namespaces.

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io;
 use std::io::Read;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::fd::OwnedFd;
+use std::os::fd::RawFd;
 
 use serde::Serialize;
 
@@ -40,6 +42,11 @@ impl Runtime {
             status: File::from(status),
             answers: File::from(answers),
         }
+    }
+
+    /// The two descriptors.
+    pub(crate) fn descriptors(&self) -> [RawFd; 2] {
+        [self.status.as_raw_fd(), self.answers.as_raw_fd()]
     }
 
     /// Sends a message; a runtime that is gone is noticed when an answer is wanted.

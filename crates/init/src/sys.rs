@@ -17,6 +17,8 @@ use std::os::fd::OwnedFd;
 use std::os::fd::RawFd;
 use std::ptr;
 
+use crate::plan::MemoryPolicy;
+use crate::plan::Scheduler;
 use crate::plan::Seccomp;
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
@@ -406,6 +408,71 @@ pub(crate) fn block_signals() {
         libc::sigfillset(&raw mut all);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const all, ptr::null_mut());
     }
+}
+
+/// Closes a descriptor that nobody here owns; one that isn't open is left.
+pub(crate) fn close(number: RawFd) {
+    // SAFETY: it was inherited, and no value of this process stands for it.
+    unsafe { libc::close(number) };
+}
+
+/// Lets the process run on every processor that its cgroup has, or on those of a mask.
+pub(crate) fn set_affinity(processors: Option<&[u64]>) -> io::Result<()> {
+    let all = [u64::MAX; 128];
+    let mask = processors.unwrap_or(&all);
+    // SAFETY: the length is that of the slice; the kernel takes what it knows of it.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_sched_setaffinity,
+            0,
+            size_of_val(mask),
+            mask.as_ptr(),
+        )
+    })?;
+    Ok(())
+}
+
+/// Sets how the process is scheduled.
+pub(crate) fn set_scheduler(wanted: &Scheduler) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        size: u32,
+        policy: u32,
+        flags: u64,
+        nice: i32,
+        priority: u32,
+        runtime: u64,
+        deadline: u64,
+        period: u64,
+    }
+    let attributes = Attributes {
+        size: u32::try_from(size_of::<Attributes>()).map_err(io::Error::other)?,
+        policy: wanted.policy,
+        flags: wanted.flags,
+        nice: wanted.nice,
+        priority: wanted.priority,
+        runtime: wanted.runtime,
+        deadline: wanted.deadline,
+        period: wanted.period,
+    };
+    // SAFETY: the kernel reads as many bytes as the first field says.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) })?;
+    Ok(())
+}
+
+/// Sets from which nodes memory comes.
+pub(crate) fn set_memory_policy(wanted: &MemoryPolicy) -> io::Result<()> {
+    let bits = wanted.nodes.len() * 64;
+    let nodes = if bits == 0 {
+        ptr::null()
+    } else {
+        wanted.nodes.as_ptr()
+    };
+    // The kernel reads one bit less than it is told.
+    let length = if bits == 0 { 0 } else { bits + 1 };
+    // SAFETY: the length is that of the list.
+    check(unsafe { libc::syscall(libc::SYS_set_mempolicy, wanted.mode, nodes, length) })?;
+    Ok(())
 }
 
 /// Closes every descriptor from `first` on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from ringfence.container import hooks, lean_json
+from ringfence.container import hooks, lean_json, sources
 from ringfence.container.cgroups import devices
 from ringfence.container.cgroups.group import Group
 from ringfence.container.identity import Maps
@@ -43,20 +43,24 @@ class CreateOptions:
     Args:
         wait_for_start: Whether the program waits for :func:`start`.
         console: A connected socket that gets the terminal, or -1.
+        copied: The terminal is copied to the caller's own.
         engine: What is to run it; empty for a container of the host's kernel.
         keep: Descriptors that the program keeps.
         no_pivot: Change the root without pivot_root, for hosts that run from an initramfs.
         no_keyring: Stay in the caller's session keyring.
         pid_file: Where the process's number is written.
+        pidfd_socket: A socket's path, which gets a descriptor of the process.
     """
 
     __slots__ = (
         "console",
+        "copied",
         "engine",
         "keep",
         "no_keyring",
         "no_pivot",
         "pid_file",
+        "pidfd_socket",
         "wait_for_start",
     )
 
@@ -64,8 +68,8 @@ class CreateOptions:
         self.wait_for_start = wait_for_start
         self.console = -1
         self.keep: list[int] = []
-        self.no_pivot = self.no_keyring = False
-        self.pid_file = self.engine = ""
+        self.no_pivot = self.no_keyring = self.copied = False
+        self.pid_file = self.pidfd_socket = self.engine = ""
 
 
 def now() -> str:
@@ -131,9 +135,10 @@ def _launch(bundle: Bundle, state: State, options: CreateOptions) -> Launch:
     group = state.group or Group([])
     device_rules = _prepare_group(bundle, group)
     plan = bundle.plan(group)
+    trees = sources.open_trees(plan, bundle)
     plan.update(device_rules)
     root = plan["root"]
-    inherit = list(options.keep)
+    inherit = [*options.keep, *trees]
     fifo = -1
     if isinstance(root, dict):
         root["no_pivot"] = options.no_pivot
@@ -152,6 +157,7 @@ def _launch(bundle: Bundle, state: State, options: CreateOptions) -> Launch:
             "rows": size.integer("height"),
             "columns": size.integer("width"),
             "mount": True,
+            "copied": options.copied,
         }
         inherit.append(options.console)
     try:
@@ -164,8 +170,8 @@ def _launch(bundle: Bundle, state: State, options: CreateOptions) -> Launch:
             plan["start_fifo"] = fifo
         return Launch(plan, inherit)
     finally:
-        if fifo >= 0:
-            os.close(fifo)
+        for number in trees if fifo < 0 else (*trees, fifo):
+            os.close(number)
 
 
 def _follow(bundle: Bundle, state: State, launch: Launch, options: CreateOptions) -> None:
@@ -187,6 +193,8 @@ def _follow(bundle: Bundle, state: State, launch: Launch, options: CreateOptions
 
     answers = {"map": write_maps, "register": register, "hooks": run_hooks}
     launch.follow(answers, until_ready=options.wait_for_start)
+    if options.pidfd_socket:
+        send_pidfd(options.pidfd_socket, state.pid)
     if options.pid_file:
         write_pid_file(options.pid_file, state.pid)
 
@@ -198,6 +206,26 @@ def write_pid_file(path: str, pid: int) -> None:
     with open(new, "w", encoding="ascii") as file:
         file.write(str(pid))
     os.replace(new, path)
+
+
+def send_pidfd(path: str, pid: int) -> None:
+    """Sends a descriptor of a process to whoever listens on a socket.
+
+    Raises:
+        HostError: Nobody does.
+    """
+    import socket
+
+    handle = os.pidfd_open(pid)
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(path)
+            socket.send_fds(connection, [b"pidfd"], [handle])
+    except OSError as error:
+        message = f"cannot send the process to the socket {path}: {error.strerror}"
+        raise HostError(message, errno=error.errno, path=path) from error
+    finally:
+        os.close(handle)
 
 
 def start(state: State) -> None:

@@ -42,7 +42,8 @@ def run(config: Fields, name: str, state: dict[str, object]) -> None:
     import subprocess
 
     text = lean_json.dumps(state).encode()
-    for hook in hooks:
+    for number, hook in enumerate(hooks):
+        place = f"error running {name} hook #{number}: {hook.text('path')}"
         path = hook.text("path")
         environment = dict(pair.split("=", 1) for pair in hook.texts("env") if "=" in pair)
         try:
@@ -56,12 +57,12 @@ def run(config: Fields, name: str, state: dict[str, object]) -> None:
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            message = f"the {name} hook {path} took longer than {error.timeout} s"
+            message = f"{place} took longer than {error.timeout} s"
             raise HostError(message) from error
         except OSError as error:
-            message = f"cannot run the {name} hook {path}: {error.strerror}"
+            message = f"{place}: {error.strerror}"
             raise HostError(message, errno=error.errno, path=path) from error
         if done.returncode:
             output = (done.stderr or done.stdout)[-500:].decode(errors="replace").strip()
-            message = f"the {name} hook {path} failed with status {done.returncode}: {output}"
+            message = f"{place} failed: exit status {done.returncode}: {output}"
             raise HostError(message)

@@ -30,6 +30,7 @@ class Options:
         "data",
         "flags",
         "id_map",
+        "id_map_below",
         "propagation",
         "recursive",
     )
@@ -40,7 +41,8 @@ class Options:
         self.attributes_below = (0, 0)
         self.data: list[str] = []
         self.propagation: list[int] = []
-        self.bind = self.recursive = self.copy_up = self.id_map = False
+        self.bind = self.recursive = self.copy_up = False
+        self.id_map = self.id_map_below = False
 
 
 def _change(now: tuple[int, int], bits: tuple[int, int]) -> tuple[int, int]:
@@ -64,6 +66,7 @@ def split_options(options: Iterable[str]) -> Options:
             result.recursive = result.recursive or option == "rbind"
             result.copy_up = result.copy_up or option == "tmpcopyup"
             result.id_map = result.id_map or option in {"idmap", "ridmap"}
+            result.id_map_below = result.id_map_below or option == "ridmap"
         elif option[:1] == "r" and option[1:] in flags.ATTRIBUTES:
             below = flags.ATTRIBUTES[option[1:]]
             result.attributes_below = _change(result.attributes_below, below)
@@ -88,10 +91,8 @@ def compile_mount(mount: Fields, bundle: str) -> dict[str, object]:
         raise ConfigError(message)
     kind, source = mount.text("type"), mount.text("source")
     options = split_options(mount.texts("options"))
-    if options.id_map or "uidMappings" in mount or "gidMappings" in mount:
-        message = f"{mount.place}: mounts with ID maps of their own aren't there"
-        raise UnsupportedError(message)
     result: dict[str, object] = {"target": target, "propagation": options.propagation}
+    mapped = options.id_map or "uidMappings" in mount or "gidMappings" in mount
     if options.bind or kind == "bind":
         if not source:
             message = f"{mount.place} binds nothing: it has no source"
@@ -100,7 +101,16 @@ def compile_mount(mount: Fields, bundle: str) -> dict[str, object]:
         result["recursive"] = options.recursive
         result["set"], result["clear"] = options.attributes
         result["set_below"], result["clear_below"] = options.attributes_below
+        if mapped:
+            # For the runtime, which makes such mounts itself.
+            result["id_map"] = {
+                "recursive": options.id_map_below,
+                **{name: mount.values.get(name) for name in ("uidMappings", "gidMappings")},
+            }
         return result
+    if mapped:
+        message = f"{mount.place}: only what is bound can have ID maps"
+        raise UnsupportedError(message)
     result["filesystem"] = kind
     result["source"] = source or kind
     result["flags"] = options.flags

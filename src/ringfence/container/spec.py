@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from ringfence.container import capabilities, flags, lean_json, mounts
+from ringfence.container import capabilities, flags, lean_json, mounts, scheduling
 from ringfence.container.cgroups import devices
 from ringfence.container.cgroups.view import cgroup_mounts
 from ringfence.container.fields import Fields
@@ -133,12 +133,15 @@ class Bundle:
             raise ConfigError(message)
         compiled: list[dict[str, object]] = []
         links: list[tuple[str, str]] = []
+        late: list[str] = []
         device_tree_bound = False
         for mount in self.config.tables("mounts"):
             if mount.text("type") == "cgroup":
                 compiled += cgroup_mounts(mount, group, links, self.namespaces)
                 continue
             entry = mounts.compile_mount(mount, self.path)
+            if os.path.normpath(mount.text("destination")) == "/dev" and entry.get("flags"):
+                late += _later(entry)
             bound = "filesystem" not in entry
             device_tree_bound |= bound and os.path.normpath(mount.text("destination")) == "/dev"
             compiled.append(entry)
@@ -151,7 +154,9 @@ class Bundle:
             "mounts": compiled,
             "devices": [] if device_tree_bound else self._devices(),
             "links": [*links, *([] if device_tree_bound else device_links())],
-            "masked": self.linux.texts("maskedPaths"),
+            # Twice hidden is once more to be undone, and no better.
+            "late_read_only": late,
+            "masked": list(dict.fromkeys(self.linux.texts("maskedPaths"))),
             "read_only_paths": self.linux.texts("readonlyPaths"),
             "read_only": self.config.table("root").flag("readonly"),
             "label": f'context="{label}"' if label else None,
@@ -192,6 +197,15 @@ def _node(
         "gid": owner[1],
         "bind": bind,
     }
+
+
+def _later(entry: dict[str, object]) -> list[str]:
+    """A read-only ``/dev`` becomes that once its nodes are in it."""
+    flags_given = entry["flags"]
+    if not isinstance(flags_given, int) or not flags_given & 1:
+        return []
+    entry["flags"] = flags_given & ~1
+    return ["/dev"]
 
 
 def _labelled(entry: dict[str, object], label: str) -> dict[str, object]:
@@ -238,6 +252,9 @@ def _refuse_unsupported(linux: Fields) -> None:
     if linux.table("intelRdt").values:
         message = "linux.intelRdt: cache and memory bandwidth allocation isn't there"
         raise UnsupportedError(message)
+    if linux.table("netDevices").values:
+        message = "linux.netDevices: network devices of the host can't be moved into containers"
+        raise UnsupportedError(message, hint="move them by a createRuntime hook")
 
 
 def compile_process(process: Fields, linux: Fields, *, sets_groups: bool) -> dict[str, object]:
@@ -261,7 +278,7 @@ def compile_process(process: Fields, linux: Fields, *, sets_groups: bool) -> dic
     caps = process.table("capabilities")
     plan: dict[str, object] = {
         "args": arguments,
-        "env": process.texts("env"),
+        "env": _environment(process.texts("env")),
         "cwd": cwd,
         "uid": user.integer("uid"),
         "gid": user.integer("gid"),
@@ -282,6 +299,12 @@ def compile_process(process: Fields, linux: Fields, *, sets_groups: bool) -> dic
     _security_labels(plan, process)
     _scheduling(plan, process, linux)
     return plan
+
+
+def _environment(pairs: list[str]) -> list[str]:
+    """Each variable once, with its last value; an empty HOME is one that isn't given."""
+    last = {pair.partition("=")[0]: pair for pair in pairs if "=" in pair}
+    return [pair for pair in last.values() if pair != "HOME="]
 
 
 def _limits(process: Fields) -> list[tuple[int, int, int]]:
@@ -318,6 +341,7 @@ def _scheduling(plan: dict[str, object], process: Fields, linux: Fields) -> None
             message = f"linux.personality.domain: there is no personality {domain!r}"
             raise ConfigError(message)
         plan["personality"] = _PERSONALITIES[domain]
+    scheduling.compile_process(plan, process, linux)
     priority = process.table("ioPriority")
     if priority.values:
         kind = priority.text("class")

@@ -50,27 +50,45 @@ def run_attached(
     import termios
     import tty
 
-    if not os.isatty(0):
-        message = "the container wants a terminal, and standard input isn't one"
-        raise ConfigError(message, hint='set "terminal": false, or use --console-socket')
+    host = _host_terminal()
     ours, theirs = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
     state, launch = start(theirs.fileno())
     theirs.close()
     _data, ancillary, _flags, _address = ours.recvmsg(4096, sockets.CMSG_LEN(4))
     ours.close()
     master = int.from_bytes(ancillary[0][2][:4], "little")
-    before = termios.tcgetattr(0)
+    before = termios.tcgetattr(host)
     try:
-        tty.setraw(0)
-        return _copy(master, launch.pid)
+        tty.setraw(host)
+        output = termios.tcgetattr(host)
+        output[1] |= termios.OPOST | termios.ONLCR
+        termios.tcsetattr(host, termios.TCSANOW, output)
+        return _copy(master, launch.pid, host)
     finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
+        termios.tcsetattr(host, termios.TCSADRAIN, before)
         os.close(master)
         launch.close()
         end(state)
 
 
-def _copy(master: int, pid: int) -> int:
+def _host_terminal() -> int:
+    """The terminal that this process is used on: a stream's, else the session's own.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for number in (0, 1, 2):
+        if os.isatty(number):
+            return number
+    try:
+        return os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        message = "the container wants a terminal, and this process has none"
+        hint = 'set "terminal": false, or use --console-socket'
+        raise ConfigError(message, hint=hint) from error
+
+
+def _copy(master: int, pid: int, host: int) -> int:
     """Copies both ways until the terminal's last user is gone."""
     import select
     import signal
@@ -78,7 +96,7 @@ def _copy(master: int, pid: int) -> int:
     from ringfence.container.waiting import exit_status
 
     def resize(*_unused: object) -> None:
-        size = os.get_terminal_size(0)
+        size = os.get_terminal_size(host)
         import termios
 
         termios.tcsetwinsize(master, (size.lines, size.columns))

@@ -92,7 +92,7 @@ def test_kill_pause_and_delete(runtime: Runtime, name: str, tmp_path: Path) -> N
 
     runtime("pause", name)
     paused = runtime.status(name)
-    refused = runtime("exec", name, "true", status=1)
+    refused = runtime("exec", name, "true", status=255)
     runtime("resume", name)
     resumed = runtime.status(name)
     running = runtime("delete", name, status=1)
@@ -184,7 +184,7 @@ def test_a_failing_hook_leaves_nothing(runtime: Runtime, name: str, tmp_path: Pa
 
     output = runtime("run", "--bundle", str(bundle), name, status=1)
 
-    assert "createRuntime hook /bin/false failed" in output
+    assert "error running createRuntime hook #0: /bin/false failed" in output
 
 
 @pytest.mark.parametrize(
@@ -345,14 +345,3 @@ def test_a_kill_reaches_all_where_processes_are_the_hosts(
 
 def left_behind_processes(name: str) -> list[str]:
     return [found for found in left_behind(name) if found.startswith("process")]
-
-
-def test_a_mount_with_an_id_map_is_refused(runtime: Runtime, name: str, tmp_path: Path) -> None:
-    mapping = [{"containerID": 0, "hostID": 1000, "size": 1}]
-    mount = {
-        "destination": "/m", "type": "bind", "source": "/usr", "options": ["bind"],
-        "uidMappings": mapping, "gidMappings": mapping,
-    }  # fmt: skip
-    bundle = make_bundle(tmp_path / "b", "true", mounts=[mount])
-
-    assert "ID maps" in runtime("run", "--bundle", str(bundle), name, status=1)

@@ -15,6 +15,7 @@ from ringfence.container.cgroups import devices, limits
 from ringfence.container.fields import Fields
 from ringfence.container.mounts import compile_mount, split_options
 from ringfence.container.oci.options import parse
+from ringfence.container.scheduling import processors
 from ringfence.container.spec import namespace_paths
 from ringfence.container.state import check_id
 from ringfence.errors import ConfigError, FormatError
@@ -67,13 +68,29 @@ def test_a_field_of_the_wrong_type_is_named_by_its_path() -> None:
 def test_options_are_read_in_every_form_that_engines_use() -> None:
     words = ["--bundle", "/b", "--pid-file=/p", "-detach", "--env", "A=1", "--env=B=2", "id", "--x"]
 
-    arguments = parse(words, "bundle/b pid-file env/e", "detach/d")
+    arguments = parse(words, "bundle/b pid-file env/e", "detach/d", ordered=True)
 
     assert arguments.text("bundle") == "/b"
     assert arguments.text("pid-file") == "/p"
     assert "detach" in arguments
     assert arguments.texts("env") == ["A=1", "B=2"]
     assert arguments.rest == ["id", "--x"]
+
+
+def test_options_may_follow_the_id() -> None:
+    arguments = parse(["one", "--memory", "1g", "-d", "--", "-x"], "memory", "detach/d")
+
+    assert arguments.text("memory") == "1g"
+    assert "detach" in arguments
+    assert arguments.rest == ["one", "-x"]
+
+
+def test_lists_of_processors_are_bits() -> None:
+    assert processors("0-3,7", "here") == [0b10001111]
+    assert processors("64,0", "here") == [1, 1]
+    for wrong in ("a", "3-1", "", "-1", "99999"):
+        with pytest.raises(ConfigError, match="here"):
+            processors(wrong, "here")
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a b", "ä", "x" * 1025])

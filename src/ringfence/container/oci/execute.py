@@ -13,7 +13,7 @@ from ringfence.container.oci.lifecycle import preserved
 from ringfence.container.oci.options import Arguments, parse
 from ringfence.container.spec import compile_process
 from ringfence.container.state import State
-from ringfence.errors import ConfigError, StateError, UnsupportedError
+from ringfence.errors import ConfigError, NotFoundError, StateError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -95,16 +95,39 @@ def differing_namespaces(pid: int) -> int:
     return kinds
 
 
-def _plan(state: State, process: Fields, config: Fields, cgroup: str) -> Plan:
+def _below(group: Group, wanted: list[str]) -> Group:
+    """The cgroups that a process enters: ``[CONTROLLERS:]PATH``, below the container's own."""
+    chosen: dict[str, str] = {}
+    for text in wanted:
+        controllers, colon, path = text.rpartition(":")
+        if ".." in path.split("/"):
+            message = f"bad sub cgroup path: {path}"
+            raise ConfigError(message)
+        known = {name for own, _path, _version in group.directories for name in own} | {""}
+        for name in controllers.split(",") if colon else [""]:
+            if name not in known:
+                message = f"unknown controller {name} in --cgroup {text}"
+                raise ConfigError(message)
+            chosen[name] = path.strip("/")
+    directories = []
+    for names, path, version in group.directories:
+        inner = next((chosen[name] for name in names if name in chosen), chosen.get("", ""))
+        place = f"{path}/{inner}" if inner else path
+        if not os.path.isdir(place):
+            message = f"error adding pid to cgroups: {place}: no such file or directory"
+            raise NotFoundError(message)
+        directories.append((names, place, version))
+    return Group(directories, rootless=group.rootless)
+
+
+def _plan(state: State, process: Fields, config: Fields, cgroups: list[str]) -> Plan:
     linux = config.table("linux")
     kinds = differing_namespaces(state.pid)
     user = bool(kinds & flags.NAMESPACES["user"])
     maps = Maps.of(linux)
     sets_groups = not user or not maps.groups or maps.sets_groups
     group = state.group or Group([])
-    if cgroup:
-        below = [(n, f"{path}/{cgroup.strip('/')}", v) for n, path, v in group.directories]
-        group = Group(below, rootless=group.rootless)
+    group = _below(group, cgroups)
     return {
         "join_process": {"pid": state.pid, "kinds": kinds},
         "become_root": user and (maps.has_root or not maps.users),
@@ -115,7 +138,7 @@ def _plan(state: State, process: Fields, config: Fields, cgroup: str) -> Plan:
 
 def exec_command(root: str, words: list[str]) -> int:
     """Runs a process in a running container."""
-    arguments = parse(words, _VALUED, _SWITCHES)
+    arguments = parse(words, _VALUED, _SWITCHES, ordered=True)
     if not arguments.rest:
         message = "a container ID is wanted"
         raise ConfigError(message)
@@ -131,7 +154,7 @@ def exec_command(root: str, words: list[str]) -> int:
     process = _process(arguments, config)
     if state.machine:
         return _in_machine(arguments, state, process)
-    plan = _plan(state, process, config, arguments.text("cgroup"))
+    plan = _plan(state, process, config, arguments.texts("cgroup"))
     keep = preserved(arguments)
     plan["keep_descriptors"] = keep
     detach, wants_terminal = "detach" in arguments, process.flag("terminal")
@@ -147,7 +170,7 @@ def exec_command(root: str, words: list[str]) -> int:
         from ringfence.container import terminal
 
         def start(console: int) -> tuple[State, Launch]:
-            return state, _launch(arguments, plan, process, keep, console)
+            return state, _launch(arguments, plan, process, keep, console, copied=True)
 
         return terminal.run_attached(start, lambda _state: None)
     return _run(arguments, plan, process, keep, -1)
@@ -178,7 +201,13 @@ def _in_machine(arguments: Arguments, state: State, process: Fields) -> int:
 
 
 def _launch(
-    arguments: Arguments, plan: Plan, process: Fields, inherit: list[int], console: int
+    arguments: Arguments,
+    plan: Plan,
+    process: Fields,
+    inherit: list[int],
+    console: int,
+    *,
+    copied: bool = False,
 ) -> Launch:
     if console >= 0:
         size = process.table("consoleSize")
@@ -186,6 +215,7 @@ def _launch(
             "socket": console,
             "rows": size.integer("height"),
             "columns": size.integer("width"),
+            "copied": copied,
         }
         inherit = [*inherit, console]
     launch = Launch(plan, inherit)
@@ -196,6 +226,8 @@ def _launch(
         return ""
 
     launch.follow({"register": register}, until_ready=False)
+    if arguments.text("pidfd-socket"):
+        container.send_pidfd(arguments.text("pidfd-socket"), launch.pid)
     return launch
 
 

@@ -37,6 +37,7 @@ _RUN_SWITCHES = f"{_CREATE[1]} detach/d keep no-subreaper"
 def _options(words: Arguments, bundle: Bundle, *, wait_for_start: bool) -> container.CreateOptions:
     options = container.CreateOptions(wait_for_start=wait_for_start)
     options.pid_file = words.text("pid-file")
+    options.pidfd_socket = words.text("pidfd-socket")
     options.no_pivot = "no-pivot" in words
     options.no_keyring = "no-new-keyring" in words
     options.keep = preserved(words)
@@ -133,7 +134,7 @@ def run_command(root: str, words: list[str]) -> int:
 def _run(
     bundle: Bundle, root: str, name: str, options: container.CreateOptions, console: int
 ) -> tuple[State, Launched]:
-    options.console = console
+    options.console, options.copied = console, True
     state, launch = _create(bundle, root, name, options)
     _started(bundle, state)
     return state, launch
@@ -207,6 +208,10 @@ def kill_command(root: str, words: list[str]) -> int:
 
 
 def _kill(state: State, number: int) -> None:
+    if not state.alive and number == 9 and state.group is not None and state.group.processes():
+        # The first has ended, and others that shared the host's processes with it haven't.
+        state.group.kill()
+        return
     if not state.alive:
         # In runc's words, which engines look for.
         message = "container not running"

@@ -14,6 +14,16 @@ __all__ = ["main"]
 
 _VERSION = "1.1.5"
 _SPEC = "1.2.0"
+_NAME = "ringfence-oci"
+# What follows a command's options, where it isn't one container.
+_OPERANDS = {
+    "exec": " ID [COMMAND...]",
+    "features": "",
+    "kill": " ID [SIGNAL]",
+    "list": "",
+    "ps": " ID [PS-OPTIONS...]",
+    "spec": "",
+}
 _GLOBAL = ("log log-format root criu rootless engine", "debug systemd-cgroup version/v help/h")
 # Command: its module, with a function of the command's name in it.
 _COMMANDS = {
@@ -47,7 +57,7 @@ def main(words: list[str] | None = None) -> int:
     options = Arguments({}, [])
     command = ""
     try:
-        options = parse(words, *_GLOBAL)
+        options = parse(words, *_GLOBAL, ordered=True)
         if "version" in options:
             sys.stdout.write(_version())
             return 0
@@ -55,6 +65,9 @@ def main(words: list[str] | None = None) -> int:
             sys.stdout.write(_help())
             return 0
         command = options.rest[0]
+        if _wants_help(command, options.rest[1:]):
+            sys.stdout.write(_help_of(command))
+            return 0
         return _run(command, options)
     except RingfenceError as error:
         _report(options, command, str(error))
@@ -64,6 +77,22 @@ def main(words: list[str] | None = None) -> int:
         return 1
     # As runc: one is what the command in the container may have ended with.
     return 255 if command == "exec" else 1
+
+
+def _wants_help(command: str, words: list[str]) -> bool:
+    """Whether a command's own options ask for help, not those of a program that it is to run."""
+    own = words[:1] if command in {"exec", "ps"} else words
+    return "-h" in own or "--help" in own
+
+
+def _help_of(command: str) -> str:
+    if command not in _COMMANDS:
+        message = f"No help topic for '{command}'"
+        raise ConfigError(message)
+    function = _load(_COMMANDS[command], f"{command}_command")
+    meaning = (function.__doc__ or "").partition("\n")[0].rstrip(".")
+    usage = f"{_NAME} {command} [OPTIONS]{_OPERANDS.get(command, ' ID')}"
+    return f"NAME:\n   {_NAME} {command} - {meaning}\n\nUSAGE:\n   {usage}\n"
 
 
 def _run(command: str, options: Arguments) -> int:
@@ -102,8 +131,8 @@ def _package_version() -> str:
 def _help() -> str:
     commands = " ".join(sorted(_COMMANDS))
     return (
-        "ringfence-oci: run containers of the OCI runtime specification\n\n"
-        "usage: ringfence-oci [--root DIR] [--log FILE] [--log-format text|json] [--debug]\n"
+        "NAME:\n   ringfence-oci - Open Container Initiative runtime\n\n"
+        "USAGE:\n   ringfence-oci [--root DIR] [--log FILE] [--log-format text|json] [--debug]\n"
         "                     [--systemd-cgroup] [--engine container|vm|kvm|bt]\n"
         "                     COMMAND [OPTIONS] [ID]\n\n"
         f"commands: {commands}\n"

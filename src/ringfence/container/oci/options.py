@@ -60,13 +60,14 @@ class Arguments:
         return self.rest[0]
 
 
-def parse(words: list[str], valued: str, switches: str) -> Arguments:
-    """Reads options up to the first word that is none.
+def parse(words: list[str], valued: str, switches: str, *, ordered: bool = False) -> Arguments:
+    """Reads options wherever they are, as runc does.
 
     Args:
         words: The command line, without the command.
         valued: Options that take a value, separated by blanks; ``name/n`` has a short form.
         switches: Options that don't.
+        ordered: All from the first word that is no option on belongs to another program.
 
     Raises:
         ConfigError: An option is unknown or its value is missing.
@@ -78,11 +79,16 @@ def parse(words: list[str], valued: str, switches: str) -> Arguments:
             for form in name.split("/"):
                 kinds[form] = (long, takes)
     options: dict[str, list[str]] = {}
+    rest: list[str] = []
     index = 0
     while index < len(words):
         word = words[index]
         if not word.startswith("-") or word == "-":
-            break
+            if ordered:
+                break
+            rest.append(word)
+            index += 1
+            continue
         index += 1
         if word == "--":
             break
@@ -100,4 +106,4 @@ def parse(words: list[str], valued: str, switches: str) -> Arguments:
         if not takes and equals and value in {"false", "0"}:
             continue
         options.setdefault(long, []).append(value)
-    return Arguments(options, words[index:])
+    return Arguments(options, [*rest, *words[index:]])

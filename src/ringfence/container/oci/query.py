@@ -9,11 +9,15 @@ import sys
 from ringfence.container import capabilities, flags, seccomp
 from ringfence.container.oci.options import parse
 from ringfence.container.oci.template import template
-from ringfence.container.state import State
-from ringfence.errors import ConfigError, ConflictError, RingfenceError
+from ringfence.container.state import State, default_root
+from ringfence.errors import ConfigError, ConflictError, NotFoundError, RingfenceError
 
 __all__ = ["features_command", "list_command", "ps_command", "spec_command"]
 
+# As runc's list has them, in its order.
+_LISTED = (
+    "ociVersion", "id", "pid", "status", "bundle", "rootfs", "created", "annotations", "owner",
+)  # fmt: skip
 _VERSIONS = ("1.0.0", "1.2.0")
 
 
@@ -40,6 +44,9 @@ def _states(root: str) -> list[State]:
 def list_command(root: str, words: list[str]) -> int:
     """Prints all containers."""
     arguments = parse(words, "format/f", "quiet/q")
+    if root != default_root() and not os.path.isdir(root):
+        message = f"there is no directory of states {root}"
+        raise NotFoundError(message)
     rows = [
         {
             **state.document(),
@@ -53,7 +60,8 @@ def list_command(root: str, words: list[str]) -> int:
         sys.stdout.writelines(f"{row['id']}\n" for row in rows)
         return 0
     if arguments.text("format", "table") == "json":
-        sys.stdout.write(json.dumps(rows or None) + "\n")
+        rows = [{name: row[name] for name in _LISTED} for row in rows]
+        sys.stdout.write(json.dumps(rows or None, separators=(",", ":")) + "\n")
         return 0
     columns = ("id", "pid", "status", "bundle", "created", "owner")
     table = [tuple(name.upper() for name in columns)]
@@ -67,7 +75,7 @@ def list_command(root: str, words: list[str]) -> int:
 
 def ps_command(root: str, words: list[str]) -> int:
     """Prints a container's processes, by the host's ps or as JSON."""
-    arguments = parse(words, "format/f", "")
+    arguments = parse(words, "format/f", "", ordered=True)
     if not arguments.rest:
         message = "a container ID is wanted"
         raise ConfigError(message)

@@ -78,6 +78,9 @@ def _mounts(bundle: Bundle) -> list[Mount]:
         options = entry.texts("options")
         if _below(target, _OWN):
             continue
+        if not {"idmap", "ridmap"}.isdisjoint(options) or "uidMappings" in entry:
+            message = f"{entry.place}: a virtual machine's mounts can't have ID maps"
+            raise UnsupportedError(message)
         if not {"bind", "rbind"}.isdisjoint(options) or entry.text("type") == "bind":
             source = Path(bundle.path, entry.text("source"))
             found.append(
