@@ -150,6 +150,7 @@ def test_mounts_and_the_working_directory(engine: EngineName, tmp_path: Path) ->
     with Machine(engine=engine, mounts=mounts, workdir="/data/out", user="1234") as machine:
         script = "cat /data/in/f /one; id -u > who; stat -c %u who; echo x > /data/in/g"
         result = machine.run(["sh", "-c", script])
+        machine.run(["sync"], check=True)
     assert result.stdout == "seensingle1234\n"
     assert result.exit_code != 0
     assert (tmp_path / "out/who").read_text() == "1234\n"
@@ -163,6 +164,15 @@ def test_a_directory_as_the_root(engine: EngineName, tmp_path: Path) -> None:
         assert machine.run(["/bin/busybox", "cat", "/hello"]).stdout == "on disk\n"
         machine.files.write("/written", b"in memory")
     assert not (tmp_path / "tree/written").exists()
+
+
+def test_a_directory_as_a_writable_root(engine: EngineName, tmp_path: Path) -> None:
+    make_disk(tmp_path, "raw")
+    with Machine(engine=engine, root=tmp_path / "tree", writable=True) as machine:
+        machine.run(["/bin/busybox", "cp", "/hello", "/copy"], check=True)
+        machine.files.write("/written", b"for good")
+    assert (tmp_path / "tree/copy").read_text() == "on disk\n"
+    assert (tmp_path / "tree/written").read_bytes() == b"for good"
 
 
 def test_a_sandbox_runs_code_without_a_network(engine: EngineName) -> None:

@@ -179,6 +179,7 @@ const SHARES: &[i64] = &[
     libc::SYS_renameat2,
     libc::SYS_statx,
     libc::SYS_symlinkat,
+    libc::SYS_syncfs,
     libc::SYS_umask,
     libc::SYS_unlinkat,
     libc::SYS_utimensat,
