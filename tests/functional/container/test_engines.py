@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
-from tests.framework.bundles import make_root
+from tests.framework.engines import (
+    answers,
+    containerd_config,
+    daemon,
+    make_archive,
+    make_runtime,
+    need,
+    run,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 pytestmark = [
     pytest.mark.root,
@@ -34,33 +38,7 @@ class Engine(Protocol):
     def __call__(self, *words: str, status: int = 0) -> str: ...
 
 
-_SCRIPT = Path(__file__).resolve().parents[3] / "packaging/data/scripts/ringfence-oci"
 _LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000")
-_READY_S = 20
-
-
-def need(program: str) -> str:
-    path = shutil.which(program)
-    if path is None:
-        pytest.skip(f"{program} isn't installed on this host")
-    return path
-
-
-def run(*words: str | Path, status: int = 0, timeout_s: float = 40) -> str:
-    """Runs a program and returns what it wrote; a file, since engines' helpers keep pipes open.
-
-    Not where we are: conmon leaves a file ``oom`` in its working directory.
-    """
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryDirectory() as place:
-        done = subprocess.run(
-            [str(word) for word in words],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=place,
-            timeout=timeout_s, check=False,
-        )  # fmt: skip
-        output.seek(0)
-        text = output.read().decode()
-    assert done.returncode == status, f"{words}: {done.returncode}\n{text}"
-    return text
 
 
 @pytest.fixture(scope="module")
@@ -73,51 +51,12 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def runtime(folder: Path) -> Path:
     """The runtime as an installation has it: the script, with an interpreter of its own."""
-    path = folder / "ringfence-oci"
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S -E "{_SCRIPT}" "$@"\n')
-    path.chmod(0o755)
-    return path
+    return make_runtime(folder)
 
 
 @pytest.fixture(scope="module")
 def archive(folder: Path) -> Path:
-    root = make_root(folder / "root")
-    path = folder / "root.tar"
-    with tarfile.open(path, "w") as tar:
-        tar.add(root, arcname=".")
-    return path
-
-
-@contextmanager
-def daemon(log: Path, ready: Callable[[], bool], *words: str | Path) -> Iterator[int]:
-    """A daemon, until it is stopped."""
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [str(word) for word in words],
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            cwd=log.parent,
-        )
-    try:
-        end = time.monotonic() + _READY_S
-        while not ready():
-            assert process.poll() is None, log.read_text()[-2000:]
-            assert time.monotonic() < end, log.read_text()[-2000:]
-            time.sleep(0.1)
-        yield process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def answers(*words: str | Path) -> bool:
-    command = [str(word) for word in words]
-    return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+    return make_archive(folder)
 
 
 @pytest.fixture(scope="module")
@@ -142,15 +81,10 @@ def containerd(folder: Path) -> Iterator[Path]:
     program = need("containerd")
     place = folder / "c"
     place.mkdir()
-    socket = place / "s.sock"
-    (place / "config.toml").write_text(
-        f'version = 2\nroot = "{place}/root"\nstate = "{place}/state"\n'
-        'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
-        f'[grpc]\n  address = "{socket}"\n'
-    )
+    config, socket = containerd_config(place)
     with daemon(
         place / "log", lambda: answers(need("ctr"), "-a", socket, "version"),
-        program, "-c", place / "config.toml",
+        program, "-c", config,
     ):  # fmt: skip
         yield socket
 
