@@ -257,6 +257,7 @@ macro_rules! suite {
                 init_restarts_a_running_processor
                 a_tlb_shoot_down_reaches_the_other_processor
                 cross_modified_code_runs_changed
+                much_code_runs_on_both
                 a_waiting_processor_answers_a_kick
             }
             snapshot {

@@ -16,6 +16,8 @@
     reason = "code and maps are raw memory that other threads execute and read"
 )]
 
+mod changes;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -36,7 +38,6 @@ use crate::block::NewBlock;
 use crate::block::POLL_ENTRY;
 use crate::block::PageKey;
 use crate::block::Site;
-use crate::block::parts;
 use crate::host::Host;
 use crate::hot::GATES;
 use crate::hot::Gate;
@@ -44,7 +45,6 @@ use crate::hot::hot;
 use crate::mapping::Reservation;
 use crate::mapping::memory_file;
 use crate::mode::Mode;
-use crate::remote::request;
 use crate::shared::Shared;
 use crate::translate::asm::Asm;
 use crate::translate::asm::Mem;
@@ -69,8 +69,8 @@ struct Page {
     parts: u64,
     /// Translations under way: until they are installed, the whole page counts as code.
     pending: u32,
-    /// Counts invalidations.
-    version: u32,
+    /// Counts invalidations; its upper half is the generation that the page belongs to.
+    version: u64,
 }
 
 struct InstalledLink {
@@ -267,7 +267,7 @@ impl CodeCache {
                 plain: HashMap::new(),
                 parts: 0,
                 pending: 0,
-                version: 0,
+                version: u64::from(self.generation()) << 32,
             },
         );
         inner.modes.entry(key.gpa).or_default().push(key.mode);
@@ -288,7 +288,7 @@ impl CodeCache {
 
     /// Announces a translation: from here on every write to the page drops it. Returns the
     /// version to install under.
-    pub(crate) fn begin(&self, key: PageKey) -> Result<u32, Full> {
+    pub(crate) fn begin(&self, key: PageKey) -> Result<u64, Full> {
         self.map(key)?;
         let mut inner = self.lock();
         let page = inner.pages.get_mut(&key).ok_or(Full)?;
@@ -296,17 +296,21 @@ impl CodeCache {
         Ok(page.version)
     }
 
-    /// Adds a block and returns the address of its body; `None` when its page was written since
-    /// [`Self::begin`]. When another vCPU was first, its block is returned and the new one dropped.
+    /// Adds a block and returns the address of its body; `None` when its page was written, or all
+    /// code dropped, since [`Self::begin`]. When another vCPU was first, its block is returned and the new one dropped.
     pub(crate) fn install(
         &self,
         key: PageKey,
-        version: u32,
+        version: u64,
         new: &NewBlock,
         plain: bool,
     ) -> Result<Option<u64>, Full> {
         let mut inner = self.lock();
-        let page = inner.pages.get_mut(&key).ok_or(Full)?;
+        let generation = |version: u64| version >> 32;
+        let page = match inner.pages.get_mut(&key) {
+            Some(page) if generation(page.version) == generation(version) => page,
+            _ => return Ok(None),
+        };
         page.pending = page.pending.saturating_sub(1);
         if page.version != version {
             return Ok(None);
@@ -498,73 +502,14 @@ impl CodeCache {
         unsafe { AtomicU32::from_ptr(at as *mut u32) }.store(distance, Ordering::SeqCst);
     }
 
-    /// Whether a write of `len` bytes at `gpa` (within a page) touches translated code.
-    pub(crate) fn overlaps(&self, gpa: u64, len: usize) -> bool {
-        let page = gpa & !0xfff;
-        let inner = self.lock();
-        let Some(modes) = inner.modes.get(&page) else {
-            return false;
-        };
-        let first = u16::try_from(gpa & 0xfff).unwrap_or(0);
-        let written = parts(first, u16::try_from(len).unwrap_or(4096));
-        modes.iter().any(|&mode| {
-            inner
-                .pages
-                .get(&PageKey { gpa: page, mode })
-                .is_some_and(|page| page.pending > 0 || page.parts & written != 0)
-        })
-    }
-
-    /// Drops all translations of the page at `gpa`. Other vCPUs are told to look again.
-    pub(crate) fn invalidate(&self, shared: &Shared, gpa: u64) {
-        let gpa = gpa & !0xfff;
-        let mut inner = self.lock();
-        let modes = inner.modes.get(&gpa).cloned().unwrap_or_default();
-        for mode in modes {
-            let mut dropped = Vec::new();
-            if let Some(page) = inner.pages.get_mut(&PageKey { gpa, mode }) {
-                page.parts = 0;
-                page.plain.clear();
-                page.version = page.version.wrapping_add(1);
-                let map = page.map;
-                dropped = std::mem::take(&mut page.blocks)
-                    .into_iter()
-                    .map(|number| (map, number))
-                    .collect();
-            }
-            for (map, number) in dropped {
-                let guest = inner.blocks[number as usize].guest;
-                Self::map_element(map, guest).store(0, Ordering::SeqCst);
-            }
-        }
-        // The page stays marked: it will probably be executed, or patched further, soon.
-        drop(inner);
-        for remote in shared.remotes() {
-            remote.post(request::EVENT);
-        }
-    }
-
-    /// Lets a page be written freely again if no code of it is translated.
-    pub(crate) fn release(&self, shared: &Shared, gpa: u64) {
-        let gpa = gpa & !0xfff;
-        let inner = self.lock();
-        let busy = inner.modes.get(&gpa).is_some_and(|modes| {
-            modes.iter().any(|&mode| {
-                inner
-                    .pages
-                    .get(&PageKey { gpa, mode })
-                    .is_some_and(|page| page.pending > 0 || page.parts != 0)
-            })
-        });
-        // Under the lock: nobody translates the page in between.
-        if !busy {
-            shared.pages.unmark_code(gpa);
-        }
-    }
-
     /// Claims the right to call [`Self::clear`]; false when another vCPU has it.
     pub(crate) fn begin_clearing(&self) -> bool {
         !self.clearing.swap(true, Ordering::SeqCst)
+    }
+
+    /// Whether all code is about to go.
+    pub(crate) fn is_clearing(&self) -> bool {
+        self.clearing.load(Ordering::SeqCst)
     }
 
     /// Forgets everything. The caller has made sure that no vCPU is in translated code or will

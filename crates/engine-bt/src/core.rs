@@ -94,6 +94,8 @@ pub(crate) struct Core {
     pub scratch_fault: Option<crate::fault::Stop>,
     /// The next instruction isn't translated: it lies where code can't be.
     pub step_once: bool,
+    /// This vCPU is emptying the code cache.
+    pub clearing: bool,
     /// GS base that this thread has.
     pub gs_base: u64,
     /// Debugger's single step, and its breakpoints.
@@ -161,6 +163,7 @@ impl Core {
             fast_stale: true,
             scratch_fault: None,
             step_once: false,
+            clearing: false,
             gs_base: 0,
             single_step: false,
             breakpoints: Vec::new(),

@@ -226,8 +226,21 @@ impl Core {
         self.serve(requests, receipt);
     }
 
-    /// Serves requests that concern this vCPU's tables.
+    /// Serves requests that concern this vCPU's tables. When all code is about to go, comes back
+    /// after it went: until then the tables would lead to the old code again.
     pub(crate) fn serve(&mut self, requests: u32, receipt: u64) {
+        self.serve_tables(requests, receipt);
+        if requests & request::FLUSH_CODE == 0 || self.clearing {
+            return;
+        }
+        while self.shared.code.is_clearing() {
+            let (requests, receipt) = self.remote.take_awaited();
+            self.serve_tables(requests, receipt);
+            std::thread::yield_now();
+        }
+    }
+
+    fn serve_tables(&mut self, requests: u32, receipt: u64) {
         if requests & request::REVOKE != 0 {
             for host in self.remote.take_revoked() {
                 self.windows.revoke_writes(host);
@@ -246,18 +259,19 @@ impl Core {
     /// caller looks RIP up again.
     pub(crate) fn empty_code_cache(&mut self) -> Result<(), Stop> {
         let shared = Arc::clone(&self.shared);
-        let generation = shared.code.generation();
         if !shared.code.begin_clearing() {
             // Another vCPU is at it: serve its request and wait for it.
-            while shared.code.generation() == generation {
+            while shared.code.is_clearing() {
                 self.serve_awaited();
                 std::thread::yield_now();
             }
             return Ok(());
         }
+        self.clearing = true;
         self.windows.flush_code();
         self.ask_others(|remote| remote.post_awaited(request::FLUSH_CODE));
         shared.code.clear(&shared);
+        self.clearing = false;
         self.remote.counters.cleared.bump();
         Ok(())
     }

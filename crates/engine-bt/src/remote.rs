@@ -119,6 +119,9 @@ impl Remote {
 
     /// Asks for a request to be served and returns the ticket to wait for.
     pub(crate) fn post_awaited(&self, requests: u32) -> u64 {
+        // Whoever sees the ticket sees the request, too. Somebody may take the request and not yet
+        // see the ticket, which would then wait for the next one: so it is posted again.
+        self.requests.fetch_or(requests, Ordering::SeqCst);
         let ticket = self.posted.fetch_add(1, Ordering::SeqCst) + 1;
         self.post(requests);
         ticket

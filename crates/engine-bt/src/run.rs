@@ -63,6 +63,7 @@ impl Core {
         self.sync_gs();
         self.load_fpu();
         self.remote.set_inside(true);
+        self.serve_awaited();
         let result = body(self);
         self.remote.set_inside(false);
         self.save_fpu();

@@ -54,6 +54,7 @@ pub struct BtEngine {
     host: Host,
     cpuid: CpuidTable,
     perf_map: Option<File>,
+    code_bytes: u32,
 }
 
 impl BtEngine {
@@ -76,7 +77,15 @@ impl BtEngine {
             host,
             cpuid,
             perf_map: None,
+            code_bytes: CODE_BYTES,
         })
+    }
+
+    /// Keeps at most `bytes` of translated code; what more there is takes the place of the rest.
+    #[must_use]
+    pub fn with_code_limit(mut self, bytes: u32) -> Self {
+        self.code_bytes = bytes;
+        self
     }
 
     /// Has `perf` told what translated code is where: `file` is `/tmp/perf-PID.map` of this
@@ -127,7 +136,7 @@ impl Engine for BtEngine {
             .map(File::try_clone)
             .transpose()
             .map_err(EngineError::host("duplicate the perf map"))?;
-        let code = CodeCache::new(CODE_BYTES, self.host, perf_map)
+        let code = CodeCache::new(self.code_bytes, self.host, perf_map)
             .map_err(EngineError::host("reserve the code cache"))?;
         let registration = Registration::new(code.range())
             .map_err(EngineError::host("handle the signals of translated code"))?;

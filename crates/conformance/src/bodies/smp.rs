@@ -388,6 +388,57 @@ pub fn a_tlb_shoot_down_reaches_the_other_processor(bench: &Bench<'_>) {
     );
 }
 
+/// Both processors run through hundreds of functions, each of which counts what they do together
+/// in a locked quadword across two pages.
+pub fn much_code_runs_on_both(bench: &Bench<'_>) {
+    const FUNCTIONS: u32 = 512;
+    const ROUNDS: u32 = 4;
+    const STRIDE: u32 = 0x100;
+    const PLACE: u64 = layout::FRAMES + 0x1_0000;
+    const COUNTER: u64 = layout::FRAMES + 0xffc;
+    fn call_all(a: &mut Asm) -> Assembled {
+        let mut round = a.create_label();
+        let mut next = a.create_label();
+        a.mov(rsi, COUNTER)?;
+        a.xor(eax, eax)?;
+        a.mov(edi, ROUNDS)?;
+        a.set_label(&mut round)?;
+        a.mov(rbx, PLACE)?;
+        a.mov(ecx, FUNCTIONS)?;
+        a.set_label(&mut next)?;
+        a.call(rbx)?;
+        a.add(rbx, i32::try_from(STRIDE).unwrap())?;
+        a.dec(ecx)?;
+        a.jnz(next)?;
+        a.dec(edi)?;
+        a.jnz(round)
+    }
+    let mut guest = two(bench);
+    for number in 0..FUNCTIONS {
+        // add rax, number; lock inc qword ptr [rsi]; ret
+        let mut code = vec![0x48, 0x05];
+        code.extend(number.to_le_bytes());
+        code.extend([0xf0, 0x48, 0xff, 0x06, 0xc3]);
+        guest.write(PLACE + u64::from(number * STRIDE), &code);
+    }
+    let values = run(
+        &mut guest,
+        |a| {
+            call_all(a)?;
+            a.report(rax)?;
+            signal(a, FLAG, 1)
+        },
+        |a| {
+            call_all(a)?;
+            a.wait_for(FLAG, 1)?;
+            a.report(rax)
+        },
+    );
+    let sum = u64::from(ROUNDS * FUNCTIONS * (FUNCTIONS - 1) / 2);
+    assert_eq!(values, [sum, sum]);
+    assert_eq!(guest.peek(COUNTER), u64::from(2 * ROUNDS * FUNCTIONS));
+}
+
 /// Code that one processor changes runs changed on the other, once that serialized (§8.1.3).
 pub fn cross_modified_code_runs_changed(bench: &Bench<'_>) {
     const ROUNDS: i32 = 100;

@@ -172,6 +172,8 @@ impl Core {
         };
         let user = self.is_user();
         let span = self.span(address, usage.bytes, access, user)?;
+        // Before the lock: others may wait for it while this vCPU waits for them to make room.
+        let code = self.scratch_code(instruction, true)?;
         let shared = std::sync::Arc::clone(&self.shared);
         let _guard = usage.writes.then(|| shared.lock_slow_writes());
         // The operand keeps its alignment: some instructions fault on a wrong one.
@@ -182,7 +184,7 @@ impl Core {
         }
         self.hot_mut().bounce.0[at..at + usage.bytes].copy_from_slice(&data[..usage.bytes]);
         let bounce = self.bounce_address() + at as u64;
-        self.run_scratch_at(instruction, bounce, bitwise)?;
+        self.run_scratch_at(instruction, code, bounce, bitwise)?;
         if usage.writes {
             data[..usage.bytes].copy_from_slice(&self.hot().bounce.0[at..at + usage.bytes]);
             self.write_span(&span, &data[..usage.bytes])?;
@@ -233,21 +235,23 @@ impl Core {
         Ok((Some(address), Some(raw & (bits - 1))))
     }
 
-    /// Runs `instruction` with its memory operand at host address `bounce`.
+    /// Runs `instruction`, whose scratch block is at `code`, with its memory operand at host
+    /// address `bounce`.
     fn run_scratch_at(
         &mut self,
         instruction: &Instruction,
+        code: u64,
         bounce: u64,
         bit: Option<u64>,
     ) -> Result<(), Stop> {
         let Some(bit) = bit else {
-            return self.run_scratch(instruction, Some(bounce));
+            return self.enter_scratch(code, Some(bounce));
         };
         // The bit's number within the word stands in for the bit offset.
         let index = instruction.op1_register().full_register().number();
         let saved = self.gpr(index);
         self.set_gpr(index, bit);
-        let result = self.run_scratch(instruction, Some(bounce));
+        let result = self.enter_scratch(code, Some(bounce));
         self.set_gpr(index, saved);
         result
     }
@@ -259,6 +263,10 @@ impl Core {
         operand: Option<u64>,
     ) -> Result<(), Stop> {
         let code = self.scratch_code(instruction, operand.is_some())?;
+        self.enter_scratch(code, operand)
+    }
+
+    fn enter_scratch(&mut self, code: u64, operand: Option<u64>) -> Result<(), Stop> {
         let before = (self.hot().gpr, self.hot().flags);
         let hot = self.hot_mut();
         match operand {
