@@ -46,6 +46,8 @@ const COMMAND_DESCRIPTORS: (u64, u64) = (1024, 1 << 19);
 /// When the drivers of devices that commands can do without are loaded.
 const OTHERS_DELAY: Duration = Duration::from_millis(500);
 
+/// What a guest with a network card needs.
+pub(crate) const NETWORK_MODULES: [&str; 3] = ["virtio_net", "ipv6", "af_packet"];
 /// Device IDs (virtio 1.2 §5) and their drivers: those that setting up may need, and the others.
 const NEEDED: [(u32, &str); 3] = [(1, "virtio_net"), (2, "virtio_blk"), (26, "virtiofs")];
 const OTHERS: [(u32, &str); 3] = [
@@ -91,12 +93,14 @@ pub fn init() -> Result<(), AgentError> {
     thread::Builder::new()
         .spawn(move || serving.serve(link))
         .tried(|| "cannot serve the host".into())?;
+    guest.keep(modules);
+    let later = Arc::clone(&guest);
     let _background = thread::Builder::new().spawn(move || {
         // A kernel without it panics all the same; only nobody is told why the guest resets.
-        let _optional = modules.load("pvpanic_mmio");
+        let _optional = later.with_modules(|modules| modules.load("pvpanic_mmio"));
         // The first command comes first.
         wait(OTHERS_DELAY);
-        modules.load_drivers(&OTHERS)
+        later.with_modules(|modules| modules.load_drivers(&OTHERS))
     });
     guest.accept(&listener);
     Ok(())
@@ -229,7 +233,7 @@ fn be_set_up(
     }
     guest.set_limits(limits(&setup)?);
     if !setup.interfaces.is_empty() {
-        for name in ["virtio_net", "ipv6", "af_packet"] {
+        for name in NETWORK_MODULES {
             modules.load(name)?;
         }
     }

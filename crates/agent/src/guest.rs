@@ -1,6 +1,7 @@
 //! Serves the host's connections.
 
 use crate::archive;
+use crate::boot::NETWORK_MODULES;
 use crate::error::AgentError;
 use crate::error::ServeError;
 use crate::error::Tried;
@@ -10,7 +11,10 @@ use crate::files::WriteOptions;
 use crate::frame::Kind;
 use crate::link::Link;
 use crate::link::LinkError;
+use crate::message::Interface;
 use crate::message::Request;
+use crate::modules::Modules;
+use crate::network;
 use crate::place::DEVICE_STEP;
 use crate::place::wait;
 use crate::power;
@@ -43,6 +47,8 @@ pub(crate) struct Guest {
     pub(crate) reaper: Reaper,
     limits: Mutex<Vec<(Resource, Rlimit)>>,
     connections: AtomicUsize,
+    /// What the kernel may still need.
+    modules: Mutex<Option<Modules>>,
     /// The agent is the guest's first process, rather than one of many under test.
     pub(crate) is_init: bool,
     /// The guest is a container: its end is the agent's.
@@ -64,6 +70,26 @@ impl Guest {
             is_contained: true,
             ..Self::new(true)
         }
+    }
+
+    /// Keeps what the kernel may still need.
+    pub(crate) fn keep(&self, modules: Modules) {
+        let mut kept = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        *kept = Some(modules);
+    }
+
+    /// Does something with the kernel's modules.
+    ///
+    /// # Errors
+    ///
+    /// There are none, or it fails.
+    pub(crate) fn with_modules(
+        &self,
+        act: impl FnOnce(&mut Modules) -> Result<(), AgentError>,
+    ) -> Result<(), AgentError> {
+        let mut kept = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let modules = kept.as_mut();
+        act(modules.ok_or_else(|| AgentError::state("this guest has no kernel of its own"))?)
     }
 
     /// Limits of every command.
@@ -159,12 +185,23 @@ impl Guest {
                 link.send_json(Kind::Answer, &json!({}))?;
                 return Ok(power::off(self, reboot, grace_ms)?);
             }
+            Request::AddInterface { interface } => self.add_interface(&interface)?,
             other => Self::answer(other)?,
         };
         Ok(link.send_json(Kind::Answer, &answer)?)
     }
 
     /// Requests of one answer.
+    /// Drivers first: a machine that had no card has none of them loaded.
+    fn add_interface(&self, interface: &Interface) -> Result<serde_json::Value, AgentError> {
+        self.with_modules(|modules| {
+            NETWORK_MODULES
+                .iter()
+                .try_for_each(|name| modules.load(name))
+        })?;
+        network::find(interface).map(|()| json!({}))
+    }
+
     fn answer(request: Request) -> Result<serde_json::Value, AgentError> {
         match request {
             Request::Stat { path, follow } => value(files::stat(&path, follow)?),
@@ -183,6 +220,7 @@ impl Guest {
             Request::Rename { source, target } => {
                 files::rename(&source, &target).map(|()| json!({}))
             }
+            Request::RemoveInterface { mac } => network::let_go(&mac).map(|()| json!({})),
             Request::Stats => value(stats::read()?),
             Request::SyncTime { time_ns } => Ok(json!({ "change_ns": set_clock(time_ns)? })),
             _ => Ok(json!({})),

@@ -257,6 +257,16 @@ pub(crate) enum Request {
         #[serde(default)]
         owner: bool,
     },
+    /// A network card was put in: find it, and set it up.
+    AddInterface {
+        /// How.
+        interface: Interface,
+    },
+    /// A network card will be taken out: let go of it.
+    RemoveInterface {
+        /// Its address.
+        mac: String,
+    },
     /// How is the guest doing?
     Stats,
     /// Sets the clock.

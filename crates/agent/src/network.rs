@@ -151,6 +151,30 @@ pub(crate) fn set_up(interfaces: &[Interface]) -> Result<(), AgentError> {
     Ok(())
 }
 
+/// Looks for the device that was put in, and brings it up.
+///
+/// # Errors
+///
+/// It isn't there, or the kernel refuses.
+pub(crate) fn find(interface: &Interface) -> Result<(), AgentError> {
+    fs::write("/sys/bus/pci/rescan", "1").tried(|| "cannot look at the bus again".into())?;
+    set_up_one(&Route::open()?, interface)
+}
+
+/// Takes the device of a MAC address off the bus.
+///
+/// # Errors
+///
+/// There is none, or the kernel refuses.
+pub(crate) fn let_go(mac: &str) -> Result<(), AgentError> {
+    let (name, _) = device(mac)?;
+    let what = || format!("cannot let go of {name}");
+    // The device below is virtio's; the one below that is on the bus.
+    let device = fs::canonicalize(format!("/sys/class/net/{name}/device")).tried(what)?;
+    let on_bus = device.parent().unwrap_or(&device);
+    fs::write(on_bus.join("remove"), "1").tried(what)
+}
+
 fn set_up_one(route: &Route, interface: &Interface) -> Result<(), AgentError> {
     let (mut name, index) = device(&interface.mac)?;
     if !interface.name.is_empty() && interface.name != name {

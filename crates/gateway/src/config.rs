@@ -107,6 +107,9 @@ pub struct PortConfig {
     /// Bounds.
     #[serde(default)]
     pub rate: RateConfig,
+    /// The machine's own egress rules, besides the network's.
+    #[serde(default)]
+    pub policy: Option<PolicyConfig>,
 }
 
 /// What a listening socket of the host is for.

@@ -161,13 +161,24 @@ enum Request {
     Status,
     Refusals,
     AddPort(PortConfig),
-    RemovePort { name: String },
+    RemovePort {
+        name: String,
+    },
     Publish(PublishConfig),
-    Unpublish { number: u64 },
+    Unpublish {
+        number: u64,
+    },
     SetPolicy(PolicyConfig),
+    SetPortPolicy {
+        name: String,
+        policy: Option<PolicyConfig>,
+    },
     SetNames(BTreeMap<String, Vec<IpAddr>>),
     SetNameservers(Vec<IpAddr>),
-    CaptureStart { fd: i32, port: Option<String> },
+    CaptureStart {
+        fd: i32,
+        port: Option<String>,
+    },
     CaptureStop,
     Stop,
 }
@@ -225,6 +236,10 @@ fn perform(
             }
         }
         Request::SetPolicy(config) => gateway.world.set_policy(&config)?,
+        Request::SetPortPolicy { name, policy } => match gateway.port_named(&name) {
+            Some(id) => gateway.world.set_port_policy(id, policy.as_ref())?,
+            None => return Err(format!("there is no link named {name:?}").into()),
+        },
         Request::SetNames(names) => gateway.world.set_names(&names),
         Request::SetNameservers(servers) => gateway.world.nameservers = servers,
         Request::CaptureStart { fd, port } => {

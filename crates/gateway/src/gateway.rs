@@ -141,10 +141,19 @@ impl Gateway {
                 return Err(taken(format!("{address} is not of this network")));
             }
         }
+        // What was told counts more than what was taken.
+        for id in self.world.ports.ids() {
+            if let Some(port) = self.world.ports.get_mut(id) {
+                for address in &config.addresses {
+                    port.give_up(*address);
+                }
+            }
+        }
         let mut port = Port::new(config.name.clone(), config.mac, config.link, fd)?;
         port.addresses.clone_from(&config.addresses);
         port.hostname.clone_from(&config.hostname);
         port.limit(&config.rate, self.world.now);
+        port.policy = config.policy.as_ref().map(Policy::new).transpose()?;
         let id = self.world.ports.insert(port);
         if let Some(port) = self.world.ports.get(id) {
             let watched = self
@@ -431,8 +440,8 @@ impl Gateway {
     }
 
     fn serve_name_streams(&mut self) {
-        for socket in std::mem::take(&mut self.world.name_streams) {
-            self.dns.serve(&mut self.world, socket);
+        for (port, socket) in std::mem::take(&mut self.world.name_streams) {
+            self.dns.serve(&mut self.world, port, socket);
         }
     }
 

@@ -137,9 +137,7 @@ impl Ping {
             return Err(refused(world, &Reason::NoUplink));
         }
         let about = (key.remote, 0);
-        let verdict = world
-            .policy
-            .check(Transport::Icmp, about, &world.pins, world.now);
+        let verdict = world.check(key.port, Transport::Icmp, about);
         if let Verdict::Refuse(reason) = verdict {
             return Err(refused(world, &reason));
         }

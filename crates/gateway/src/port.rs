@@ -22,6 +22,8 @@ use rustix::net::SendFlags;
 
 use crate::config::LinkKind;
 use crate::config::RateConfig;
+use crate::config::Subnet;
+use crate::policy::Policy;
 use crate::slab::Id;
 use crate::wire::Mac;
 
@@ -117,6 +119,8 @@ pub(crate) struct Port {
     /// What it gave itself.
     claims: Vec<Ipv6Addr>,
     pub(crate) hostname: String,
+    /// Its machine's own rules.
+    pub(crate) policy: Option<Policy>,
     pub(crate) offloads: Offloads,
     /// Frames may wait.
     pub(crate) readable: bool,
@@ -171,6 +175,7 @@ impl Port {
             addresses: Vec::new(),
             claims: Vec::new(),
             hostname: String::new(),
+            policy: None,
             offloads,
             readable: true,
             full: false,
@@ -202,8 +207,13 @@ impl Port {
         self.addresses.iter().copied().find(|ip| ip.is_ipv4() == v4)
     }
 
-    /// Whether `address` is its own; in a network of its own, whichever IPv6 address it takes.
-    pub(crate) fn may_use(&mut self, address: IpAddr, alone: bool) -> bool {
+    /// Whether `address` is its own; in a network of its own, whichever IPv6 address it takes, and
+    /// else a few of the network's that it makes for itself (RFC 4862), unless others have them.
+    pub(crate) fn may_use(
+        &mut self,
+        address: IpAddr,
+        (alone, net): (bool, Option<Subnet<Ipv6Addr>>),
+    ) -> bool {
         if self.addresses.contains(&address) {
             return true;
         }
@@ -214,7 +224,8 @@ impl Port {
         if alone || six.is_unspecified() || self.claims.contains(&six) {
             return true;
         }
-        if link_local && self.claims.len() < MAX_CLAIMS {
+        let near = link_local || net.is_some_and(|net| net.has(six));
+        if near && self.claims.len() < MAX_CLAIMS {
             self.claims.push(six);
             return true;
         }

@@ -5,8 +5,10 @@
 
 use std::io::IoSlice;
 use std::net::IpAddr;
+use std::net::Ipv6Addr;
 use std::net::SocketAddr;
 
+use crate::config::Subnet;
 use crate::dhcp;
 use crate::dns::Client;
 use crate::gateway::Gateway;
@@ -61,7 +63,7 @@ pub(crate) fn frame(gateway: &mut Gateway, id: Id, message: &[u8]) {
         port.counters.malformed_frames += 1;
         return;
     };
-    let judged = judge(port, &ethernet, alone);
+    let judged = judge(port, &ethernet, (alone, world.net.ipv6));
     match judged {
         Judged::Malformed => port.counters.malformed_frames += 1,
         Judged::Spoofed => port.counters.spoofed_frames += 1,
@@ -74,7 +76,8 @@ pub(crate) fn frame(gateway: &mut Gateway, id: Id, message: &[u8]) {
     // Claimed by another already?
     if let Judged::Ip(packet) = &judged
         && !alone
-        && is_anothers(world, id, packet.source)
+        && (is_anothers(world, id, packet.source)
+            || advertised(packet).is_some_and(|about| is_anothers(world, id, about)))
     {
         if let Some(port) = world.ports.get_mut(id) {
             port.counters.spoofed_frames += 1;
@@ -97,7 +100,10 @@ pub(crate) fn frame(gateway: &mut Gateway, id: Id, message: &[u8]) {
     }
 }
 
-fn judge<'a>(port: &mut Port, frame: &Ethernet<'a>, alone: bool) -> Judged<'a> {
+/// Whether a machine has the network for itself, and the network's IPv6 addresses.
+type Ground = (bool, Option<Subnet<Ipv6Addr>>);
+
+fn judge<'a>(port: &mut Port, frame: &Ethernet<'a>, ground: Ground) -> Judged<'a> {
     if frame.source != port.mac {
         return Judged::Spoofed;
     }
@@ -117,18 +123,18 @@ fn judge<'a>(port: &mut Port, frame: &Ethernet<'a>, alone: bool) -> Judged<'a> {
         ETHERTYPE_IPV4 | ETHERTYPE_IPV6 => match IpPacket::parse(frame) {
             Err(NotIp::Malformed) => Judged::Malformed,
             Err(NotIp::Fragment) => Judged::Fragment,
-            Ok(packet) => judge_ip(port, packet, alone),
+            Ok(packet) => judge_ip(port, packet, ground),
         },
         _ => Judged::Malformed,
     }
 }
 
-fn judge_ip<'a>(port: &mut Port, packet: IpPacket<'a>, alone: bool) -> Judged<'a> {
+fn judge_ip<'a>(port: &mut Port, packet: IpPacket<'a>, ground: Ground) -> Judged<'a> {
     let udp = || UdpDatagram::parse(packet.payload);
     let is_dhcp = || udp().is_some_and(|one| one.destination == dhcp::SERVER_PORT);
     let own = match packet.source {
         IpAddr::V4(four) if four.is_unspecified() => packet.protocol == UDP && is_dhcp(),
-        source => port.may_use(source, alone),
+        source => port.may_use(source, ground),
     };
     if !own {
         return Judged::Spoofed;
@@ -139,7 +145,7 @@ fn judge_ip<'a>(port: &mut Port, packet: IpPacket<'a>, alone: bool) -> Judged<'a
         ICMPV6 => match packet.payload.first() {
             Some(&neighbours::ROUTER_ADVERTISEMENT | &neighbours::REDIRECT) => true,
             Some(&neighbours::NEIGHBOUR_ADVERTISEMENT) => neighbours::subject(packet.payload)
-                .is_none_or(|about| !port.may_use(about.into(), alone)),
+                .is_none_or(|about| !port.may_use(about.into(), ground)),
             _ => false,
         },
         _ => false,
@@ -149,6 +155,16 @@ fn judge_ip<'a>(port: &mut Port, packet: IpPacket<'a>, alone: bool) -> Judged<'a
     } else {
         Judged::Ip(packet)
     }
+}
+
+/// The address that a packet advertises as its sender's.
+fn advertised(packet: &IpPacket<'_>) -> Option<IpAddr> {
+    let is_advertisement = packet.protocol == ICMPV6
+        && packet.payload.first() == Some(&neighbours::NEIGHBOUR_ADVERTISEMENT);
+    is_advertisement
+        .then(|| neighbours::subject(packet.payload))
+        .flatten()
+        .map(IpAddr::from)
 }
 
 /// Whether another machine has `address`: the first to take one keeps it.

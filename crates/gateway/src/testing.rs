@@ -41,6 +41,7 @@ impl Gateway {
             addresses: addresses.to_vec(),
             hostname: String::new(),
             rate: RateConfig::default(),
+            policy: None,
         };
         self.add_port(&port, link)
     }

@@ -152,9 +152,7 @@ impl Udp {
             return Err(refused(world, &Reason::NoUplink));
         }
         let about = (to.ip(), to.port());
-        let verdict = world
-            .policy
-            .check(Transport::Udp, about, &world.pins, world.now);
+        let verdict = world.check(key.port, Transport::Udp, about);
         if let Verdict::Refuse(reason) = verdict {
             return Err(refused(world, &reason));
         }

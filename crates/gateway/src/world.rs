@@ -17,11 +17,13 @@ use crate::config::Limits;
 use crate::config::Subnet;
 use crate::events::Events;
 use crate::log::Log;
+use crate::policy::Inspect;
 use crate::policy::Pins;
 use crate::policy::Policy;
 use crate::policy::Reason;
 use crate::policy::RuleError;
 use crate::policy::Transport;
+use crate::policy::Verdict;
 use crate::port::Port;
 use crate::port::Sent;
 use crate::slab::Id;
@@ -178,7 +180,7 @@ pub(crate) struct World {
     pub(crate) capture: Capture,
     pub(crate) log: Log,
     /// Our ends of guests' connections to the name server, not yet served.
-    pub(crate) name_streams: Vec<OwnedFd>,
+    pub(crate) name_streams: Vec<(Id, OwnedFd)>,
 }
 
 impl World {
@@ -206,11 +208,70 @@ impl World {
         })
     }
 
+    /// The rules that hold for a link's machine: the network's, and its own.
+    fn policies(&self, port: Id) -> impl Iterator<Item = &Policy> {
+        let own = self.ports.get(port).and_then(|port| port.policy.as_ref());
+        std::iter::once(&self.policy).chain(own)
+    }
+
+    /// Whether a link's machine may reach an address: all rules that hold for it must agree.
+    pub(crate) fn check(&self, port: Id, transport: Transport, about: (IpAddr, u16)) -> Verdict {
+        let opened = self.policies(port).any(|one| one.opens(transport, about));
+        let mut whole = Verdict::Allow;
+        for policy in self.policies(port) {
+            match policy.check(transport, about, &self.pins, self.now) {
+                Verdict::Refuse(Reason::Closed(_)) if opened => {}
+                Verdict::Refuse(reason) => return Verdict::Refuse(reason),
+                Verdict::AllowIf(Inspect::MustBeAllowed) => {
+                    whole = Verdict::AllowIf(Inspect::MustBeAllowed);
+                }
+                Verdict::AllowIf(inspect) if whole == Verdict::Allow => {
+                    whole = Verdict::AllowIf(inspect);
+                }
+                Verdict::AllowIf(_) | Verdict::Allow => {}
+            }
+        }
+        whole
+    }
+
+    /// Whether a connection whose first bytes ask for `name` may go on.
+    pub(crate) fn check_name(&self, port: Id, to: SocketAddr, name: &str) -> Result<(), Reason> {
+        for policy in self.policies(port) {
+            let about = (to.ip(), to.port());
+            match policy.check(Transport::Tcp, about, &self.pins, self.now) {
+                Verdict::AllowIf(inspect) => policy.check_name(inspect, name, to.port())?,
+                // A closed address that was opened shows no names.
+                Verdict::Allow | Verdict::Refuse(Reason::Closed(_)) => {}
+                Verdict::Refuse(reason) => return Err(reason),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a link's machine may have a name resolved.
+    pub(crate) fn check_resolve(&self, port: Id, name: &str) -> Result<(), Reason> {
+        self.policies(port)
+            .try_for_each(|policy| policy.check_resolve(name))
+    }
+
     pub(crate) fn set_policy(
         &mut self,
         config: &crate::config::PolicyConfig,
     ) -> Result<(), RuleError> {
         self.policy = Policy::new(config)?;
+        Ok(())
+    }
+
+    /// The rules of one link's machine, besides the network's.
+    pub(crate) fn set_port_policy(
+        &mut self,
+        port: Id,
+        config: Option<&crate::config::PolicyConfig>,
+    ) -> Result<(), RuleError> {
+        let policy = config.map(Policy::new).transpose()?;
+        if let Some(port) = self.ports.get_mut(port) {
+            port.policy = policy;
+        }
         Ok(())
     }
 
@@ -302,10 +363,13 @@ impl World {
     }
 
     /// [`Self::refuse`] for a name.
-    pub(crate) fn refuse_name(&mut self, name: &str, reason: &Reason) {
+    pub(crate) fn refuse_name(&mut self, port: Id, name: &str, reason: &Reason) {
         let refusal = Refusal {
             time: crate::log::seconds(),
-            port: String::new(),
+            port: self
+                .ports
+                .get(port)
+                .map_or_else(String::new, |port| port.name.clone()),
             transport: "dns",
             destination: name.to_owned(),
             reason: reason.to_string(),

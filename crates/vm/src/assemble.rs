@@ -20,6 +20,7 @@ use ringfence_machine::MachineEvent;
 use ringfence_machine::SerialSetup;
 use ringfence_memory::GuestRam;
 use ringfence_memory::HugePages;
+use ringfence_pci::PciAddress;
 use ringfence_virtio::block::ThreadStart;
 use ringfence_virtio::pci::Connections;
 use ringfence_virtio::pci::VirtioPci;
@@ -72,6 +73,10 @@ pub(crate) struct PlacedDevice {
     /// Its type and place in the document.
     pub(crate) name: String,
     pub(crate) pci: Arc<VirtioPci>,
+    /// Where it is.
+    pub(crate) address: PciAddress,
+    /// Of a network card.
+    pub(crate) mac: Option<[u8; 6]>,
 }
 
 /// All that is needed to run.
@@ -80,6 +85,8 @@ pub(crate) struct Assembled {
     pub(crate) first_state: VcpuState,
     pub(crate) devices: Vec<PlacedDevice>,
     pub(crate) handles: Handles,
+    /// The engine has doorbells of its own.
+    pub(crate) doorbells: bool,
     /// What stays in reach of the file system devices.
     pub(crate) reach: Vec<Reach>,
 }
@@ -156,6 +163,7 @@ pub(crate) fn assemble(
         first_state,
         devices,
         handles,
+        doorbells: engine.caps().doorbells,
         reach,
     })
 }
@@ -248,6 +256,11 @@ fn place_devices(
         placed.push(PlacedDevice {
             name: format!("{}{index}", device.kind()),
             pci: virtio,
+            address,
+            mac: match device {
+                DeviceConfig::Net(net) => Some(net.mac),
+                _ => None,
+            },
         });
     }
     Ok(placed)

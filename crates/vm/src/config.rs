@@ -19,6 +19,7 @@ pub use devices::{
     FsXattrs, ImageFormat, NetConfig, OwnerIds, RateConfig, VsockConfig,
 };
 pub use error::ConfigError;
+pub(crate) use parse::check_net;
 pub use parse::{MAX_DOCUMENT_BYTES, parse};
 
 /// The document's version that this program reads.

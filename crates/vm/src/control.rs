@@ -8,6 +8,7 @@
 //! One thread serves it, in order. The other end's closing ends the machine. docs/reference/
 //! vm-control.md lists the methods.
 
+mod cards;
 mod connection;
 mod methods;
 
@@ -74,7 +75,7 @@ impl Mailbox {
 pub(crate) fn serve(
     connection: &mut Connection,
     mailbox: &Mailbox,
-    subject: &Subject,
+    subject: &mut Subject,
 ) -> MachineEnd {
     loop {
         let mut interest = PollFlags::empty();
@@ -98,7 +99,7 @@ pub(crate) fn serve(
         if ready {
             connection.flush();
             for line in connection.receive() {
-                let answer = subject.answer(&line);
+                let answer = subject.answer(&line, connection);
                 connection.send(&answer);
             }
             if !connection.is_open() {

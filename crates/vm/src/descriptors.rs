@@ -60,6 +60,11 @@ impl Descriptors {
         Ok(Self(owned.collect()))
     }
 
+    /// Those that came beside a request, numbered from 0.
+    pub(crate) fn of_message(fds: Vec<OwnedFd>) -> Self {
+        Self((0..).map(Fd).zip(fds).collect())
+    }
+
     /// Looks at a descriptor that somebody takes later.
     pub(crate) fn look(&self, fd: Fd) -> Result<&OwnedFd, VmError> {
         self.0.get(&fd).ok_or_else(|| VmError::Host {

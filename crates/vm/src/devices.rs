@@ -47,7 +47,7 @@ use crate::config::VsockConfig;
 use crate::descriptors::Descriptors;
 
 /// Why a device could not be made, and whose fault that is.
-struct Failure(ErrorKind, Box<dyn Error + Send + Sync>);
+pub(crate) struct Failure(ErrorKind, Box<dyn Error + Send + Sync>);
 
 impl Failure {
     fn config(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
@@ -56,6 +56,13 @@ impl Failure {
 
     fn host(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self(ErrorKind::Host, error.into())
+    }
+}
+
+impl Failure {
+    /// Whose fault it is, and what is wrong.
+    pub(crate) fn into_parts(self) -> (ErrorKind, String) {
+        (self.0, self.1.to_string())
     }
 }
 
@@ -82,7 +89,7 @@ pub(crate) struct Handles {
     pub(crate) consoles: Vec<Arc<ConsoleHandle>>,
 }
 
-type Made = Result<Box<dyn VirtioDevice>, Failure>;
+pub(crate) type Made = Result<Box<dyn VirtioDevice>, Failure>;
 
 impl Workshop<'_> {
     /// Makes `devices[index]`.
@@ -94,7 +101,7 @@ impl Workshop<'_> {
         let made = match config {
             DeviceConfig::Console(console) => self.console(console),
             DeviceConfig::Block(block) => self.block(block),
-            DeviceConfig::Net(net) => self.net(net),
+            DeviceConfig::Net(net) => make_net(net, self.descriptors),
             DeviceConfig::Vsock(vsock) => make_vsock(vsock, self.descriptors),
             DeviceConfig::Rng => Ok(Box::<Rng>::default() as Box<dyn VirtioDevice>),
             DeviceConfig::Balloon => self.balloon(),
@@ -147,33 +154,35 @@ impl Workshop<'_> {
         Ok(Box::new(block.map_err(Failure::host)?))
     }
 
-    fn net(&mut self, config: &NetConfig) -> Made {
-        let backend: Box<dyn NetBackend> = if let Some(fd) = config.link_fd {
-            Box::new(Link::new(self.file(fd)?).map_err(Failure::config)?)
-        } else {
-            let files = config
-                .tap_fds
-                .iter()
-                .map(|&fd| self.file(fd))
-                .collect::<Result<Vec<_>, Failure>>()?;
-            Box::new(Tap::new(files).map_err(Failure::config)?)
-        };
-        let net = Net::new(ringfence_virtio::net::NetConfig {
-            backend,
-            mac: config.mac,
-            mtu: config.mtu,
-            lock_mac: config.lock_mac,
-            receive_rate: bounds(config.rate),
-            send_rate: bounds(config.rate),
-        });
-        Ok(Box::new(net.map_err(Failure::host)?))
-    }
-
     fn balloon(&mut self) -> Made {
         let balloon = Balloon::new(self.ram.clone()).map_err(Failure::host)?;
         self.handles.balloons.push(balloon.handle());
         Ok(Box::new(balloon))
     }
+}
+
+/// Makes a network card.
+pub(crate) fn make_net(config: &NetConfig, descriptors: &mut Descriptors) -> Made {
+    let backend: Box<dyn NetBackend> = if let Some(fd) = config.link_fd {
+        let link = File::from(descriptors.take(fd)?);
+        Box::new(Link::new(link).map_err(Failure::config)?)
+    } else {
+        let files = config
+            .tap_fds
+            .iter()
+            .map(|&fd| Ok(File::from(descriptors.take(fd)?)))
+            .collect::<Result<Vec<_>, Failure>>()?;
+        Box::new(Tap::new(files).map_err(Failure::config)?)
+    };
+    let net = Net::new(ringfence_virtio::net::NetConfig {
+        backend,
+        mac: config.mac,
+        mtu: config.mtu,
+        lock_mac: config.lock_mac,
+        receive_rate: bounds(config.rate),
+        send_rate: bounds(config.rate),
+    });
+    Ok(Box::new(net.map_err(Failure::host)?))
 }
 
 fn format(format: ImageFormat) -> Format {

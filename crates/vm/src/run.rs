@@ -156,6 +156,7 @@ fn try_start(
         vcpus: config.vcpus,
         devices: assembled.devices,
         handles: assembled.handles,
+        doorbells: assembled.doorbells,
         started: Instant::now(),
         memory,
         jail: report(jail.report()),
@@ -202,10 +203,10 @@ fn phases(timing: &Timing) -> Value {
 
 impl Running {
     /// Serves the machine until it has ended, and says how it did.
-    fn serve(self, connection: Option<&mut Connection>) -> ExitStatus {
+    fn serve(mut self, connection: Option<&mut Connection>) -> ExitStatus {
         let end = match connection {
             Some(connection) => {
-                let end = control::serve(connection, &self.mailbox, &self.subject);
+                let end = control::serve(connection, &self.mailbox, &mut self.subject);
                 self.finish(&end);
                 connection.send(&json!({
                     "event": "exit",

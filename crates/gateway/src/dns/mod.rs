@@ -73,6 +73,7 @@ struct Query {
 /// Our end of a guest's TCP connection.
 #[derive(Debug)]
 struct Stream {
+    port: Id,
     socket: OwnedFd,
     came: Vec<u8>,
     out: Vec<u8>,
@@ -174,8 +175,15 @@ impl Dns {
             self.reply(world, client, query, &answer);
             return;
         }
-        if let Err(reason) = world.policy.check_resolve(&question.name) {
-            world.refuse_name(&question.name, &reason);
+        let port = match client {
+            Client::Udp { port, .. } => port,
+            Client::Stream(id) => self
+                .streams
+                .get(id)
+                .map_or_else(Id::default, |one| one.port),
+        };
+        if let Err(reason) = world.check_resolve(port, &question.name) {
+            world.refuse_name(port, &question.name, &reason);
             self.fail(world, client, query, Code::Refused);
             return;
         }
@@ -342,13 +350,14 @@ impl Dns {
         }
     }
 
-    /// Takes a guest's TCP connection.
-    pub(crate) fn serve(&mut self, world: &mut World, socket: OwnedFd) {
+    /// Takes a TCP connection of a link's guest.
+    pub(crate) fn serve(&mut self, world: &mut World, port: Id, socket: OwnedFd) {
         if self.streams.len() >= MAX_STREAMS {
             world.counters.limit_reached += 1;
             return;
         }
         let id = self.streams.insert(Stream {
+            port,
             socket,
             came: Vec::new(),
             out: Vec::new(),

@@ -342,6 +342,17 @@ impl Policy {
         })
     }
 
+    /// Whether a rule opens an address that is closed otherwise.
+    pub(crate) fn opens(&self, transport: Transport, (to, port): (IpAddr, u16)) -> bool {
+        let to = unwrapped(to);
+        self.rules.iter().any(|rule| {
+            rule.opens_closed
+                && rule.action == Action::Allow
+                && rule.is_about(transport, port)
+                && matches!(&rule.subject, Subject::Cidr(cidr) if cidr.has(to))
+        })
+    }
+
     /// Whether `destination` may be reached.
     pub(crate) fn check(
         &self,
@@ -363,13 +374,7 @@ impl Policy {
             return Verdict::Refuse(Reason::Denied(rule.text.clone()));
         }
         if let Some(why) = closed::why(destination) {
-            let opened = self.rules.iter().any(|rule| {
-                rule.opens_closed
-                    && rule.action == Action::Allow
-                    && rule.is_about(transport, port)
-                    && by_address(&rule.subject)
-            });
-            return if opened {
+            return if self.opens(transport, (destination, port)) {
                 Verdict::Allow
             } else {
                 Verdict::Refuse(Reason::Closed(why))

@@ -76,13 +76,16 @@ impl Connection {
         } else {
             first_name(&[first, second].concat())
         };
-        let port = self.key.remote.port();
+        let mut to = self.key.remote;
+        if world.net.is_own(to.ip()) {
+            to.set_ip(super::behind(to.ip()));
+        }
         let verdict = match found {
             FirstName::Incomplete => return Ok(()),
             FirstName::Other => Ok(()),
             FirstName::Missing if inspect == Inspect::MustBeAllowed => Err(Reason::NoName),
             FirstName::Missing => Ok(()),
-            FirstName::Name(name) => world.policy.check_name(inspect, &name, port),
+            FirstName::Name(name) => world.check_name(self.key.port, to, &name),
         };
         if let Err(reason) = verdict {
             world.refuse(self.key.port, Transport::Tcp, self.key.remote, &reason);

@@ -211,10 +211,7 @@ impl Tcp {
             return Err(Reason::NoUplink);
         }
         let about = (to.ip(), to.port());
-        match world
-            .policy
-            .check(Transport::Tcp, about, &world.pins, world.now)
-        {
+        match world.check(key.port, Transport::Tcp, about) {
             Verdict::Allow => Ok((Target::Host(to), None)),
             Verdict::AllowIf(inspect) => Ok((Target::Host(to), Some(inspect))),
             Verdict::Refuse(reason) => Err(reason),
@@ -240,7 +237,7 @@ impl Tcp {
                     None,
                 )
                 .map_err(|_| world.counters.tcp_failed += 1)?;
-                world.name_streams.push(theirs);
+                world.name_streams.push((key.port, theirs));
                 own
             }
         };

@@ -17,6 +17,7 @@ use super::MAX_DEVICES;
 use super::MAX_MEMORY_MIB;
 use super::MAX_VCPUS;
 use super::MIN_MEMORY_MIB;
+use super::NetConfig;
 use super::SerialConfig;
 use super::VERSION;
 
@@ -195,6 +196,20 @@ fn check(config: &Config) -> Result<(), ConfigError> {
     check_fds(config)
 }
 
+/// Checks a network card; `path` names it in errors.
+pub(crate) fn check_net(path: &str, net: &NetConfig) -> Result<(), ConfigError> {
+    require(
+        format!("{path}.tap_fds"),
+        net.tap_fds.is_empty() == net.link_fd.is_some(),
+        "needs either TAP devices or a link_fd",
+    )?;
+    require(
+        format!("{path}.mtu"),
+        net.mtu.is_none_or(|mtu| mtu >= MIN_MTU),
+        format!("is less than {MIN_MTU}, which IPv6 needs"),
+    )
+}
+
 fn check_device(path: &str, device: &DeviceConfig) -> Result<(), ConfigError> {
     match device {
         DeviceConfig::Block(block) => {
@@ -210,18 +225,7 @@ fn check_device(path: &str, device: &DeviceConfig) -> Result<(), ConfigError> {
                 "only a qcow2 image can have one",
             )
         }
-        DeviceConfig::Net(net) => {
-            require(
-                format!("{path}.tap_fds"),
-                net.tap_fds.is_empty() == net.link_fd.is_some(),
-                "needs either TAP devices or a link_fd",
-            )?;
-            require(
-                format!("{path}.mtu"),
-                net.mtu.is_none_or(|mtu| mtu >= MIN_MTU),
-                format!("is less than {MIN_MTU}, which IPv6 needs"),
-            )
-        }
+        DeviceConfig::Net(net) => check_net(path, net),
         DeviceConfig::Vsock(vsock) => require(
             format!("{path}.cid"),
             CIDS.contains(&vsock.cid),

@@ -1,8 +1,12 @@
 //! One connection: lines in, lines out, neither without bound.
 
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
+use rustix::net::RecvAncillaryBuffer;
+use rustix::net::RecvAncillaryMessage;
 use rustix::net::RecvFlags;
 use rustix::net::SendFlags;
 use serde_json::Value;
@@ -12,6 +16,8 @@ const LONGEST_LINE_BYTES: usize = 64 << 10;
 /// Answers that wait for a reader; one that doesn't read loses the connection.
 const MOST_OUTPUT_BYTES: usize = 4 << 20;
 const CHUNK_BYTES: usize = 16 << 10;
+/// Descriptors beside one message, and those that wait for their request.
+const MOST_FDS: usize = 16;
 
 /// The control socket's state.
 #[derive(Debug)]
@@ -19,6 +25,7 @@ pub(crate) struct Connection {
     socket: OwnedFd,
     input: Vec<u8>,
     output: Vec<u8>,
+    fds: Vec<OwnedFd>,
     open: bool,
 }
 
@@ -28,6 +35,7 @@ impl Connection {
             socket,
             input: Vec::new(),
             output: Vec::new(),
+            fds: Vec::new(),
             open: true,
         }
     }
@@ -47,12 +55,23 @@ impl Connection {
     /// Complete lines that have arrived.
     pub(crate) fn receive(&mut self) -> Vec<Vec<u8>> {
         let mut chunk = [0; CHUNK_BYTES];
-        match rustix::net::recv(&self.socket, &mut chunk, RecvFlags::DONTWAIT) {
-            Ok((0, _)) => self.open = false,
-            Ok((count, _)) => self.input.extend_from_slice(&chunk[..count]),
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
+        let mut beside = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let mut into = [IoSliceMut::new(&mut chunk)];
+        match rustix::net::recvmsg(&self.socket, &mut into, &mut beside, flags) {
+            Ok(message) if message.bytes == 0 => self.open = false,
+            Ok(message) => self.input.extend_from_slice(&chunk[..message.bytes]),
             Err(Errno::INTR | Errno::AGAIN) => {}
             Err(_) => self.open = false,
         }
+        for message in beside.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.fds.extend(fds);
+            }
+        }
+        // What no request has asked for is closed.
+        self.fds.truncate(MOST_FDS);
         let mut lines = Vec::new();
         while let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
             let rest = self.input.split_off(end + 1);
@@ -63,6 +82,11 @@ impl Connection {
             self.open = false;
         }
         lines
+    }
+
+    /// Takes the descriptors that came beside requests.
+    pub(crate) fn take_fds(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.fds)
     }
 
     /// Sends a line, now or when the reader takes it.

@@ -14,6 +14,7 @@ use serde_json::Map;
 use serde_json::Value;
 use serde_json::json;
 
+use super::Connection;
 use crate::assemble::PlacedDevice;
 use crate::devices::Handles;
 use crate::error::kind_name;
@@ -26,6 +27,8 @@ pub(crate) struct Subject {
     pub(crate) vcpus: u32,
     pub(crate) devices: Vec<PlacedDevice>,
     pub(crate) handles: Handles,
+    /// The engine's own doorbells are used.
+    pub(crate) doorbells: bool,
     pub(crate) started: Instant,
     /// /proc/self/status, opened while there were paths.
     pub(crate) memory: Option<File>,
@@ -45,9 +48,9 @@ struct Request {
 }
 
 /// Why a request failed.
-struct Refusal {
-    kind: ErrorKind,
-    message: String,
+pub(super) struct Refusal {
+    pub(super) kind: ErrorKind,
+    pub(super) message: String,
 }
 
 impl From<MachineError> for Refusal {
@@ -60,7 +63,7 @@ impl From<MachineError> for Refusal {
 }
 
 impl Refusal {
-    fn config(message: String) -> Self {
+    pub(super) fn config(message: String) -> Self {
         Self {
             kind: ErrorKind::Config,
             message,
@@ -68,7 +71,7 @@ impl Refusal {
     }
 }
 
-type Answer = Result<Value, Refusal>;
+pub(super) type Answer = Result<Value, Refusal>;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -102,7 +105,7 @@ fn none(params: Map<String, Value>) -> Result<(), Refusal> {
 
 impl Subject {
     /// The answer to one line.
-    pub(crate) fn answer(&self, line: &[u8]) -> Value {
+    pub(crate) fn answer(&mut self, line: &[u8], connection: &mut Connection) -> Value {
         let request: Request = match serde_json::from_slice(line) {
             Ok(request) => request,
             Err(error) => {
@@ -110,7 +113,7 @@ impl Subject {
                 return json!({"id": null, "error": {"kind": "config", "message": message}});
             }
         };
-        match self.call(&request.method, request.params) {
+        match self.call(&request.method, request.params, connection) {
             Ok(result) => json!({"id": request.id, "result": result}),
             Err(refusal) => json!({
                 "id": request.id,
@@ -119,7 +122,12 @@ impl Subject {
         }
     }
 
-    fn call(&self, method: &str, params: Map<String, Value>) -> Answer {
+    fn call(
+        &mut self,
+        method: &str,
+        params: Map<String, Value>,
+        connection: &mut Connection,
+    ) -> Answer {
         match method {
             "pause" => none(params).and_then(|()| Ok(self.machine.pause()?))?,
             "resume" => none(params).and_then(|()| Ok(self.machine.resume()?))?,
@@ -131,6 +139,11 @@ impl Subject {
                 none(params)?;
                 self.machine.stop();
             }
+            "add_card" => {
+                let fds = connection.take_fds();
+                return self.add_card(&typed(params)?, fds);
+            }
+            "remove_card" => self.remove_card(&typed(params)?)?,
             "balloon" => self.balloon(&typed(params)?)?,
             "console_size" => self.console_size(&typed(params)?)?,
             "stats" => return none(params).map(|()| self.stats()),

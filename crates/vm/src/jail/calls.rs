@@ -20,8 +20,6 @@ pub(crate) struct Needs {
     pub(crate) disks: bool,
     /// There are shared directories.
     pub(crate) shares: bool,
-    /// There are network cards.
-    pub(crate) networks: bool,
 }
 
 impl Needs {
@@ -31,7 +29,6 @@ impl Needs {
             makes_code: config.engine == "bt",
             disks: has(|device| matches!(device, DeviceConfig::Block(_))),
             shares: has(|device| matches!(device, DeviceConfig::Fs(_))),
-            networks: has(|device| matches!(device, DeviceConfig::Net(_))),
         }
     }
 }
@@ -191,6 +188,10 @@ const IOCTL_KVM: u64 = 0xae00;
 /// What a network card's driver switches on its TAP device.
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 const TUNSETQUEUE: u64 = 0x4004_54d9;
+/// What it asks and sets when it is made.
+const TUNGETIFF: u64 = 0x8004_54d2;
+const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
+const SO_SNDBUF: u64 = 7;
 const WHOLE: u64 = u32::MAX as u64;
 
 const F_GETFD: u64 = 1;
@@ -252,10 +253,9 @@ pub(super) fn of_thread(kind: ThreadKind, needs: Needs) -> Rules {
             if needs.shares {
                 rules.allow(SHARES);
             }
-            if needs.networks {
-                rules.allow_masked(libc::SYS_ioctl, 1, WHOLE, TUNSETOFFLOAD);
-                rules.allow_masked(libc::SYS_ioctl, 1, WHOLE, TUNSETQUEUE);
-            }
+            // A network card may be put in later.
+            rules.allow_masked(libc::SYS_ioctl, 1, WHOLE, TUNSETOFFLOAD);
+            rules.allow_masked(libc::SYS_ioctl, 1, WHOLE, TUNSETQUEUE);
         }
     }
     rules
@@ -273,12 +273,19 @@ pub(super) fn of_control(needs: Needs) -> Rules {
     let mut rules = any_thread(needs);
     rules.allow(EVENTS).allow(TRANSFER);
     rules.allow(&[
+        libc::SYS_fcntl,
         libc::SYS_getrusage,
+        libc::SYS_getsockopt,
         libc::SYS_recvfrom,
         libc::SYS_recvmsg,
         libc::SYS_sendmsg,
         libc::SYS_sendto,
         libc::SYS_shutdown,
     ]);
+    // The other end of a network card that is put in is a TAP device or a socket.
+    for request in [TUNGETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE] {
+        rules.allow_masked(libc::SYS_ioctl, 1, WHOLE, request);
+    }
+    rules.allow_masked(libc::SYS_setsockopt, 2, WHOLE, SO_SNDBUF);
     rules
 }
