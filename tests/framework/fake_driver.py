@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ringfence.errors import AgentError, GuestTimeout
+from ringfence.errors import AgentError, GuestTimeout, NotFoundError
 from ringfence.guest.agent import FileInfo, GuestStats
 from ringfence.machine.driver import Ending, RunningInfo
 
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from ringfence.errors import RingfenceError
-    from ringfence.guest.spec import ExecSpec
+    from ringfence.guest.spec import ExecSpec, InterfaceSpec
     from ringfence.machine.driver import Place
     from ringfence.machine.phases import Phases
     from ringfence.machine.spec import MachineSpec
+    from ringfence.network import LinkSpec
 
 
 class FakeProcess:
@@ -188,6 +189,12 @@ class FakeAgent:
             cpus=1,
         )
 
+    def add_interface(self, interface: InterfaceSpec) -> None:
+        pass
+
+    def remove_interface(self, mac: str) -> None:
+        pass
+
     def power_off(self, *, reboot: bool = False, grace_s: float = 5.0) -> None:
         self._machine.end(Ending(reason="poweroff", message="the guest turned itself off"))
 
@@ -204,6 +211,7 @@ class FakeMachine:
         self.info = RunningInfo(engine=spec.engine, pid=os.getpid(), kernel="6.1.0-fake")
         self.ending: Ending | None = None
         self.closed = False
+        self.links = {link.network: link for link in spec.links}
         self.state = "running"
         self._changed = threading.Condition()
 
@@ -231,6 +239,19 @@ class FakeMachine:
 
     def inspect(self) -> Mapping[str, object]:
         return {"state": self.state}
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return tuple(self.links)
+
+    def connect(self, link: LinkSpec) -> Mapping[str, object]:
+        self.links[link.network] = link
+        return {"network": link.network, "addresses": list(link.addresses)}
+
+    def disconnect(self, network: str) -> None:
+        if self.links.pop(network, None) is None:
+            message = f"not on {network}"
+            raise NotFoundError(message)
 
     def close(self) -> None:
         self.kill()

@@ -102,6 +102,9 @@ class _Server(socketserver.ThreadingTCPServer):
     address_family: int = socket.AF_INET6
     request_queue_size = 4096
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing: a thread that writes to a full pipe never ends."""
+
 
 class _Web6(ThreadingHTTPServer):
     address_family: int = socket.AF_INET6

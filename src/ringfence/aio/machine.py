@@ -164,6 +164,16 @@ class Machine:
         """What it is made of."""
         return await in_thread(self._machine.inspect)
 
+    async def connect(
+        self, network: str, *, ip: str | tuple[str, ...] = (), mac: str = ""
+    ) -> Mapping[str, object]:
+        """Gives it one more interface; see :meth:`ringfence.Machine.connect`."""
+        return await in_thread(self._machine.connect, network, ip=ip, mac=mac)
+
+    async def disconnect(self, network: str) -> None:
+        """Takes its interface on a network away."""
+        await in_thread(self._machine.disconnect, network)
+
     async def pause(self) -> None:
         """Stops it where it is."""
         await in_thread(self._machine.pause)

@@ -89,9 +89,17 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 def _add_network_options(parser: argparse.ArgumentParser) -> None:
     network = parser.add_argument_group("its network")
     network.add_argument(
-        "--network", default="user", metavar="MODE",
-        help="none, user, isolated, nat, host-only, routed:CIDR, bridge:IF or a network's name (user)",
+        "--network", action="append", default=[], metavar="NETWORK",
+        help="none, user, isolated, nat, host-only, routed:CIDR, bridge:IF or a network's name, with "
+        ",ip=IP and ,mac=MAC behind if need be; again for a further interface (user)",
     )  # fmt: skip
+    network.add_argument(
+        "--ip", action="append", default=[], metavar="IP",
+        help="its address on the first network (chosen)",
+    )  # fmt: skip
+    network.add_argument(
+        "--mac", default="", metavar="MAC", help="its Ethernet address there (derived)"
+    )
     network.add_argument(
         "-p", "--publish", action="append", default=[], metavar="[IP:]HOST:GUEST[/udp]",
         help="publish a port of it on the host (on its loopback)",
@@ -103,6 +111,10 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--deny", action="append", default=[], metavar="WHAT", help="keep it from reaching this"
     )
+    network.add_argument(
+        "--default", choices=("allow", "deny"), default=None,
+        help="what becomes of what no rule is about (deny when there is an --allow, else allow)",
+    )  # fmt: skip
     network.add_argument(
         "--dns", action="append", default=[], metavar="IP", help="ask this name server"
     )
@@ -193,7 +205,10 @@ def machine_spec(args: argparse.Namespace) -> MachineSpec:
         "workdir": workdir,
         "env": environment(args.env),
         "user": args.user,
-        "network": args.network,
+        "network": args.network or "user",
+        "ip": args.ip,
+        "mac": args.mac,
+        "default": args.default,
         "ports": args.publish,
         "allow": args.allow,
         "deny": args.deny,

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from ringfence.cli import output
-from ringfence.errors import ConfigError, RingfenceError, StateError, UnsupportedError
-from ringfence.machine import state
-from ringfence.network import Policy, gateway, manage
+from ringfence.cli import network_traffic, output
+from ringfence.errors import RingfenceError, StateError
+from ringfence.machine.attached import AttachedMachine
+from ringfence.network import manage
 from ringfence.network.store import MODES, NetworkSpec, Store
-from ringfence.network.user import control_path
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from ringfence.network.gateway import Gateway
+    from ringfence.network.store import Member
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +36,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     creating.add_argument("--mtu", type=int, default=0, metavar="BYTES", help="the largest packet")
     creating.add_argument("--interface", default="", metavar="IF", help="with --mode bridge")
+    creating.add_argument(
+        "--lease", action="append", default=[], metavar="NAME=IP",
+        help="keep an address for the machine of that name",
+    )  # fmt: skip
     _add_rules(creating)
+    connecting = add("connect", "give a running machine one more interface")
+    connecting.add_argument("network", metavar="NETWORK", help="a network's name, or a mode")
+    connecting.add_argument("machine", metavar="MACHINE")
+    connecting.add_argument(
+        "--ip", action="append", default=[], metavar="IP", help="its address there (chosen)"
+    )
+    connecting.add_argument("--mac", default="", help="its Ethernet address there (derived)")
+    disconnecting = add("disconnect", "take a running machine's interface away")
+    disconnecting.add_argument("network", metavar="NETWORK")
+    disconnecting.add_argument("machine", metavar="MACHINE")
     listing = add("ls", "list networks")
     output.add_format(listing)
     listing.add_argument("-q", "--quiet", action="store_true", help="names only")
@@ -46,9 +58,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     inspecting.add_argument("name", metavar="NETWORK|MACHINE")
     removing = add("rm", "remove networks")
     removing.add_argument("names", nargs="+", metavar="NAME")
-    rules = add("policy", "change who a network's or a machine's own gateway lets through, at once")
+    rules = add("policy", "show or change who a network or a machine reaches, at once")
     rules.add_argument("name", metavar="NETWORK|MACHINE")
     _add_rules(rules)
+    rules.add_argument("--clear", action="store_true", help="no rules at all")
     refusals = add("refusals", "show what was refused, and why")
     refusals.add_argument("name", metavar="NETWORK|MACHINE")
     output.add_format(refusals)
@@ -58,7 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", default="-", metavar="FILE", help="where to; - is the output"
     )
     capture.add_argument(
-        "--machine", default=None, metavar="ID", help="only what is this machine's"
+        "--machine", default=None, metavar="MACHINE", help="only what is this machine's"
     )
 
 
@@ -68,6 +81,10 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
             name, action="append", default=[], metavar="WHAT",
             help=f"{what}: CIDR, domain or *.domain, with :PORT if need be",
         )  # fmt: skip
+    parser.add_argument(
+        "--default", choices=("allow", "deny"), default=None,
+        help="what becomes of the rest (deny when there is an --allow, else allow)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,9 +94,11 @@ def run(args: argparse.Namespace) -> int:
         "ls": _list,
         "inspect": _inspect,
         "rm": _remove,
-        "policy": _policy,
-        "refusals": _refusals,
-        "capture": _capture,
+        "connect": _connect,
+        "disconnect": _disconnect,
+        "policy": network_traffic.change_policy,
+        "refusals": network_traffic.show_refusals,
+        "capture": network_traffic.write_capture,
     }
     manage.heal()
     return actions[args.action](args)
@@ -95,12 +114,16 @@ def _create(args: argparse.Namespace) -> int:
             interface=args.interface,
             allow=tuple(args.allow),
             deny=tuple(args.deny),
+            default=args.default,
+            leases=tuple(args.lease),
         )
     )
     print(spec.name)
     if spec.mode == "routed":
-        for subnet in spec.subnets:
-            print(f"other hosts need: ip route add {subnet} via THIS-HOST", file=sys.stderr)
+        from ringfence.network.kernel import routes_to  # noqa: PLC0415 - for this mode alone
+
+        for route in routes_to(spec):
+            print(f"other hosts need: {route}", file=sys.stderr)
     return 0
 
 
@@ -127,48 +150,34 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _gateway(name: str) -> Gateway:
-    """The gateway of a network, or of a machine that has one of its own.
-
-    Raises:
-        NotFoundError: There is neither a network nor a machine of that name.
-        UnsupportedError: The network has none.
-        StateError: It doesn't run.
-    """
-    spec = Store().get(name)
-    if spec is not None and spec.mode not in ("user", "isolated"):
-        message = f"the network {name} of the mode {spec.mode} is the host kernel's"
-        hint = "ringfence network inspect shows its link: tcpdump -i LINK"
-        raise UnsupportedError(message, hint=hint)
-    key = name if spec is not None else state.find(name).record.id
-    try:
-        return gateway.connect(control_path(key))
-    except StateError as error:
-        message = f"no gateway runs for {name}"
-        hint = "a network has one while machines are on it, a machine with --network user"
-        raise StateError(message, hint=hint) from error
-
-
 def _inspect(args: argparse.Namespace) -> int:
     store = Store()
     spec = store.get(args.name)
-    found: dict[str, object] = {}
-    if spec is not None:
-        found |= asdict(spec)
-        found["machines"] = [asdict(member) for member, lives in store.members(args.name) if lives]
-        if spec.mode not in ("user", "isolated"):
-            from ringfence.network.kernel import describe  # noqa: PLC0415 - for these modes alone
+    if spec is None:
+        with network_traffic.reach_gateway(args.name) as running:
+            output.print_json({"gateway": running.status()})
+        return 0
+    found: dict[str, object] = asdict(spec)
+    members = [member for member, lives in store.members(args.name) if lives]
+    found["machines"] = [_described(member) for member in members]
+    if network_traffic.kernel_network(args.name) is not None:
+        from ringfence.network.kernel import describe  # noqa: PLC0415 - for these modes alone
 
-            found["host"] = describe(spec)
-    if spec is None or spec.mode in ("user", "isolated"):
-        try:
-            with _gateway(args.name) as running:
-                found["gateway"] = running.status()
-        except StateError:
-            if spec is None:
-                raise
+        found["host"] = describe(spec)
+    else:
+        with suppress(StateError), network_traffic.reach_gateway(args.name) as running:
+            found["gateway"] = running.status()
     output.print_json(found)
     return 0
+
+
+def _described(member: Member) -> dict[str, object]:
+    found: dict[str, object] = asdict(member)
+    if member.link:
+        from ringfence.network.links import statistics  # noqa: PLC0415 - for links of the kernel
+
+        found["counters"] = statistics(member.link)
+    return found
 
 
 def _remove(args: argparse.Namespace) -> int:
@@ -184,44 +193,14 @@ def _remove(args: argparse.Namespace) -> int:
     return failed
 
 
-def _policy(args: argparse.Namespace) -> int:
-    policy = Policy(allow=tuple(args.allow), deny=tuple(args.deny))
-    with _gateway(args.name) as running:
-        running.call("set_policy", policy.document())
+def _connect(args: argparse.Namespace) -> int:
+    with AttachedMachine(args.machine) as machine:
+        found = machine.connect(args.network, ip=tuple(args.ip), mac=args.mac)
+    output.print_json(dict(found))
     return 0
 
 
-def _refusals(args: argparse.Namespace) -> int:
-    with _gateway(args.name) as running:
-        found = running.refusals()
-    if args.format == "json":
-        output.print_json(found)
-        return 0
-    recent = cast("list[dict[str, object]]", found["recent"])
-    rows = [
-        (
-            output.ago(float(str(one["time"]))),
-            str(one["port"]),
-            f"{one['transport']} {one['destination']}",
-            str(one["reason"]),
-        )
-        for one in recent
-    ]
-    output.print_table(("WHEN", "MACHINE", "WHERE TO", "WHY"), rows)
-    return 0
-
-
-def _capture(args: argparse.Namespace) -> int:
-    if args.output == "-" and sys.stdout.isatty():
-        message = "a capture is not for a terminal"
-        raise ConfigError(message, hint="-o FILE, or | tcpdump -r - or wireshark -k -i -")
-    with _gateway(args.name) as running:
-        file = sys.stdout.buffer if args.output == "-" else Path(args.output).open("wb")  # noqa: SIM115
-        with file:
-            params = {"fd": 0, "port": args.machine}
-            running.call("capture_start", params, [file.fileno()])
-            try:
-                signal.pause()
-            except KeyboardInterrupt:
-                running.call("capture_stop")
+def _disconnect(args: argparse.Namespace) -> int:
+    with AttachedMachine(args.machine) as machine:
+        machine.disconnect(args.network)
     return 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import resource
 import select
 import threading
 from contextlib import ExitStack, suppress
@@ -20,6 +19,7 @@ from ringfence.container.cgroups import devices, layout, stats
 from ringfence.container.cgroups.group import Group
 from ringfence.container.cgroups.view import mount_table
 from ringfence.container.fields import Fields
+from ringfence.container.file_limit import file_limit
 from ringfence.container.identity import Maps, own_maps
 from ringfence.container.launch import Launch
 from ringfence.container.oci import template
@@ -28,6 +28,7 @@ from ringfence.errors import HostError, StateError, UnsupportedError
 from ringfence.guest.agent import Agent
 from ringfence.machine import check, sockets
 from ringfence.machine.driver import Ending, RunningInfo
+from ringfence.machine.network_plan import Attachments, describe, tell_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from ringfence.machine.driver import AgentLike, Driver, Place
     from ringfence.machine.phases import Phases
     from ringfence.machine.spec import MachineSpec
-    from ringfence.network import Attachment
+    from ringfence.network import LinkSpec
 
 __all__ = ["ContainerDriver", "ContainerMachine", "driver"]
 
@@ -45,8 +46,6 @@ _PIDS = 4096
 _KINDS = ("mount", "pid", "network", "uts", "ipc", "cgroup")
 _NOBODY_S = 10.0
 _CPU_PERIOD_US = 100_000
-# Open files, soft and hard: what service managers give.
-_FILES = (1024, 1 << 19)
 
 
 def driver() -> Driver:
@@ -92,10 +91,14 @@ class ContainerMachine:
         agent: Runs commands in it.
         group: Its control groups.
         place: Where its files are.
+        attachments: Its networks.
     """
 
-    def __init__(self, pid: int, agent: Agent, group: Group, place: Place) -> None:
+    def __init__(
+        self, pid: int, agent: Agent, group: Group, place: Place, attachments: Attachments
+    ) -> None:
         self._pid = pid
+        self._attachments = attachments
         self._handle = os.pidfd_open(pid)
         self._agent = agent
         self._group = group
@@ -190,7 +193,37 @@ class ContainerMachine:
                 for name in os.listdir(f"/proc/{self._pid}/ns")
             },
             "cgroups": [path for _names, path, _version in self._group.directories],
+            "networks": self._attachments.describe(),
         }
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that it is on."""
+        return self._attachments.networks
+
+    def connect(self, link: LinkSpec) -> Mapping[str, object]:
+        """Puts one more interface into its network namespace.
+
+        Raises:
+            RingfenceError: The network or the host refuses; all is as it was.
+        """
+        attachment = self._attachments.attach(link)
+        try:
+            attachment.enter(self._pid)
+        except BaseException:
+            self._attachments.take(link.network).close()
+            raise
+        tell_names(self._agent, self._attachments)
+        return describe(link.network, attachment)
+
+    def disconnect(self, network: str) -> None:
+        """Takes its interface on a network away.
+
+        Raises:
+            NotFoundError: It isn't on that network.
+        """
+        self._attachments.take(network).close()
+        tell_names(self._agent, self._attachments)
 
     def close(self) -> None:
         """Ends it if it still runs, and leaves nothing behind."""
@@ -259,15 +292,14 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
     stack.callback(_remove_group, group)
     group.make()
     device_rules = _limit(group, spec)
-    attachment = _attach(spec, place, stack)
+    attachments = _attach(spec, place, stack)
     program = init_program.sealed_copy(str(_binaries.find("ringfence-agent")))
     plan = _plan(spec, place, stack, group, maps)
     plan.update(device_rules)
     process = plan["process"]
     if isinstance(process, dict):
         process["program"] = program
-    if attachment is not None:
-        host_tree.tell_network(plan, attachment.interface)
+    host_tree.tell_network(plan, attachments.interfaces())
     path = place.sockets / _SOCKET
     listener = sockets.listen(path)
     stack.callback(path.unlink, missing_ok=True)
@@ -283,47 +315,33 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
         listener.close()
     stack.callback(launch.close)
     try:
-        _follow(launch, maps, attachment)
+        _follow(launch, maps, attachments)
     except BaseException:
         launch.reap()
         raise
     agent = Agent.attach(lambda: sockets.connect(path))
-    return ContainerMachine(launch.pid, agent, group, place)
+    return ContainerMachine(launch.pid, agent, group, place, attachments)
 
 
-def _follow(launch: Launch, maps: Maps | None, attachment: Attachment | None) -> None:
+def _follow(launch: Launch, maps: Maps | None, attachments: Attachments) -> None:
     def write_maps() -> str:
         if maps is not None:
             maps.write(launch.stage)
         return ""
 
     def register() -> str:
-        if attachment is not None:
+        for attachment in attachments:
             attachment.enter(launch.pid)
         return ""
 
     launch.follow({"map": write_maps, "register": register}, until_ready=False)
 
 
-def _file_limit() -> tuple[int, int, int]:
-    """The limit of open files; not more than this process has, since raising takes a privilege."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    most = _FILES[1] if hard < 0 else min(hard, _FILES[1])
-    return resource.RLIMIT_NOFILE, min(_FILES[0], most), most
-
-
-def _attach(spec: MachineSpec, place: Place, stack: ExitStack) -> Attachment | None:
-    if spec.network == "none":
-        return None
-    from ringfence.machine import network_plan
-    from ringfence.network import attach
-
-    options = network_plan.attach_options(spec, place.name)
-    attachment = stack.enter_context(attach(spec.network, place.machine_id, "container", options))
-    if attachment.netns_plan is None:
-        message = f"containers can't be attached to the network {spec.network!r} yet"
-        raise UnsupportedError(message, hint="use --network none, or --engine auto")
-    return attachment
+def _attach(spec: MachineSpec, place: Place, stack: ExitStack) -> Attachments:
+    attachments = Attachments(spec, place, "container")
+    stack.callback(attachments.close)
+    attachments.attach_all()
+    return attachments
 
 
 def _plan(
@@ -346,6 +364,8 @@ def _plan(
         read_only_paths=list(template.READ_ONLY),
     )
     caps = capabilities.mask(capabilities.DEFAULT)
+    # Within bounds, but never had: a program whose file would give it, as ping's does, starts at all.
+    bounds = capabilities.mask((*capabilities.DEFAULT, "CAP_NET_RAW"))
     new = sum(flags.NAMESPACES[kind] for kind in kinds if kind != "cgroup")
     return {
         "unshare": new,
@@ -365,14 +385,14 @@ def _plan(
             "groups": [] if maps is None or maps.sets_groups else None,
             "umask": 0o022,
             "capabilities": {
-                "bounding": caps,
+                "bounding": bounds,
                 "effective": caps,
                 "permitted": caps,
                 "inheritable": 0,
                 "ambient": 0,
             },
             "no_new_privileges": True,
-            "limits": [_file_limit()],
+            "limits": [file_limit()],
             "seccomp": _filter(),
         },
         **group.entrance(),

@@ -159,15 +159,17 @@ def _files(spec: MachineSpec, place: Place) -> list[tuple[str, str]]:
     return [("/etc/hostname", f"{name}\n"), ("/etc/hosts", "\n".join(lines) + "\n")]
 
 
-def tell_network(plan: dict[str, object], interface: InterfaceSpec) -> None:
+def tell_network(plan: dict[str, object], interfaces: list[InterfaceSpec]) -> None:
     """Adds where names are asked for to a plan whose root is the container's own."""
     root = plan["root"]
     files = root.get("files") if isinstance(root, dict) else None
-    if not isinstance(files, list) or not files or not interface.dns:
+    servers = [address for interface in interfaces for address in interface.dns]
+    if not isinstance(files, list) or not files or not servers:
         return
-    lines = [f"nameserver {address}" for address in interface.dns]
-    if interface.search:
-        lines.append(f"search {' '.join(interface.search)}")
+    lines = [f"nameserver {address}" for address in servers]
+    search = [domain for interface in interfaces for domain in interface.search]
+    if search:
+        lines.append(f"search {' '.join(search)}")
     files.append(("/etc/resolv.conf", "\n".join(lines) + "\n"))
 
 

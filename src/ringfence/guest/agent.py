@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from ringfence.guest.spec import ExecSpec, GuestSetup
+    from ringfence.guest.spec import ExecSpec, GuestSetup, InterfaceSpec
 
 __all__ = ["PORT", "Agent", "FileInfo", "Files", "GuestStats", "RemoteProcess", "connect_vsock"]
 
@@ -225,6 +225,14 @@ class Agent:
             processes=int(_real(answer, "processes")),
             cpus=int(_real(answer, "cpus")),
         )
+
+    def add_interface(self, interface: InterfaceSpec) -> None:
+        """Finds a network card that was put in, and sets it up."""
+        self._call("add_interface", {"interface": messages.interface(interface)})
+
+    def remove_interface(self, mac: str) -> None:
+        """Lets go of a network card that will be taken out."""
+        self._call("remove_interface", {"mac": mac})
 
     def sync_time(self) -> float:
         """Sets the guest's clock to the host's; returns by how many seconds it changed."""

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from ringfence.guest.frames import Json
     from ringfence.guest.spec import ExecSpec, GuestSetup, InterfaceSpec, MountSpec, RootSpec
 
-__all__ = ["exec_request", "setup"]
+__all__ = ["exec_request", "interface", "setup"]
 
 
 def setup(spec: GuestSetup, time_ns: int) -> Json:
@@ -23,7 +23,7 @@ def setup(spec: GuestSetup, time_ns: int) -> Json:
         "time_ns": time_ns,
         "root": _root(spec.root),
         "mounts": [_mount(mount) for mount in spec.mounts],
-        "interfaces": [_interface(interface) for interface in spec.interfaces],
+        "interfaces": [interface(one) for one in spec.interfaces],
         "hosts": dict(spec.hosts),
         "sysctls": dict(spec.sysctls),
         "limits": {name: list(values) for name, values in spec.limits.items()},
@@ -55,7 +55,8 @@ def _mount(spec: MountSpec) -> Json:
     }
 
 
-def _interface(spec: InterfaceSpec) -> Json:
+def interface(spec: InterfaceSpec) -> Json:
+    """A network interface as the agent reads it."""
     return {
         "mac": spec.mac,
         "addresses": list(spec.addresses),

@@ -14,6 +14,7 @@ from ringfence.machine.commands import CommandDefaults, Commands
 from ringfence.machine.driver import Place
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
 
     from ringfence.machine.control_server import Json
@@ -67,13 +68,7 @@ class AttachedMachine(Commands):
             if record.status != "running":
                 message = f"the machine {record.name} is not running"
                 raise StateError(message, hint="ringfence ps -a shows how it ended")
-            place = Place(
-                machine_id=record.id,
-                name=record.name,
-                folder=self._entry.path,
-                sockets=self._entry.sockets,
-            )
-            self._agent = engines.load_driver(record.engine).attach(place)
+            self._agent = engines.load_driver(record.engine).attach(Place.of(self._entry))
         return self._agent
 
     def _why_gone(self) -> RingfenceError | None:
@@ -102,6 +97,17 @@ class AttachedMachine(Commands):
     def resume(self) -> None:
         """Lets it go on."""
         self.ask("resume")
+
+    def connect(
+        self, network: str, *, ip: str | tuple[str, ...] = (), mac: str = ""
+    ) -> Mapping[str, object]:
+        """Gives it one more network interface; see :meth:`ringfence.Machine.connect`."""
+        addresses = [ip] if isinstance(ip, str) else list(ip)
+        return self.ask("connect", network=network, ip=addresses, mac=mac)
+
+    def disconnect(self, network: str) -> None:
+        """Takes its interface on a network away."""
+        self.ask("disconnect", network=network)
 
     def stop(self, timeout_s: float = _STOP_GRACE_S) -> None:
         """Ends it in good order; by force after that time."""

@@ -21,7 +21,7 @@ from ringfence.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Control", "error_of_kind"]
 
@@ -91,8 +91,13 @@ class Control:
                 self._events[event] = message
             self._changed.notify_all()
 
-    def call(self, method: str, params: Json | None = None) -> Json:
+    def call(self, method: str, params: Json | None = None, fds: Sequence[int] = ()) -> Json:
         """The result of a request.
+
+        Args:
+            method: What is asked for.
+            params: Its parameters.
+            fds: Descriptors beside it; at most a few.
 
         Raises:
             StateError: The VM process is gone, or refuses now.
@@ -104,7 +109,11 @@ class Control:
             self._next_id += 1
             request = {"id": number, "method": method, "params": params or {}}
             try:
-                self._stream.sendall(json.dumps(request).encode() + b"\n")
+                line = json.dumps(request).encode() + b"\n"
+                if fds:
+                    sent = socket.send_fds(self._stream, [line], list(fds))
+                    line = line[sent:]
+                self._stream.sendall(line)
             except OSError as error:
                 message = f"the machine has ended, so it can't be asked to {method}"
                 raise StateError(message) from error

@@ -7,7 +7,7 @@ before (:mod:`ringfence.machine.engines`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from ringfence.guest.agent import FileInfo, GuestStats
-    from ringfence.guest.spec import ExecSpec
+    from ringfence.guest.spec import ExecSpec, InterfaceSpec
     from ringfence.machine.phases import Phases
     from ringfence.machine.spec import MachineSpec
+    from ringfence.machine.state import Entry
+    from ringfence.network import LinkSpec
 
 __all__ = [
     "AgentLike",
@@ -138,6 +140,12 @@ class AgentLike(Protocol):
     def exec(self, spec: ExecSpec) -> ProcessLike:
         """Starts a command."""
 
+    def add_interface(self, interface: InterfaceSpec) -> None:
+        """Finds a network card that was put in, and sets it up."""
+
+    def remove_interface(self, mac: str) -> None:
+        """Lets go of a network card that will be taken out."""
+
     def stats(self) -> GuestStats:
         """How the machine is doing, as it sees it itself."""
 
@@ -163,6 +171,12 @@ class Place:
     name: str
     folder: Path
     sockets: Path
+
+    @classmethod
+    def of(cls, entry: Entry) -> Self:
+        """The place of a machine that is written down."""
+        record = entry.record
+        return cls(machine_id=record.id, name=record.name, folder=entry.path, sockets=entry.sockets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +239,16 @@ class Running(Protocol):
 
     def inspect(self) -> Mapping[str, object]:
         """What it is made of."""
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that it is on."""
+
+    def connect(self, link: LinkSpec) -> Mapping[str, object]:
+        """Gives it one more interface; returns what it has there."""
+
+    def disconnect(self, network: str) -> None:
+        """Takes its interface on a network away."""
 
     def close(self) -> None:
         """Ends it if it still runs, and leaves nothing behind."""

@@ -18,7 +18,7 @@ from ringfence.errors import (
     RingfenceError,
     StateError,
 )
-from ringfence.machine import engines, names, state
+from ringfence.machine import engines, names, requests, state
 from ringfence.machine.commands import CommandDefaults, Commands
 from ringfence.machine.control_server import SOCKET_NAME, ControlServer
 from ringfence.machine.driver import Place
@@ -26,6 +26,7 @@ from ringfence.machine.options import MachineOptions, spec_from
 from ringfence.machine.phases import Phases
 from ringfence.machine.spec import DirectoryRoot, DiskRoot, ImageRoot, MachineSpec, root_words
 from ringfence.machine.watch import Watch
+from ringfence.network.options import LinkSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,7 +75,7 @@ class Machine(Commands):
         if spec is not None and options:
             message = "give a machine either a specification or keywords, not both"
             raise ConfigError(message)
-        self._spec = spec if spec is not None else spec_from(options)
+        self._spec = spec or spec_from(options)
         self._command = command
         self._keep = keep
         self._phases = phases or Phases()
@@ -112,12 +113,12 @@ class Machine(Commands):
             choice = engines.choose(self._spec.engine)
             self._reason = choice.reason
             self._spec = dataclasses.replace(self._spec, engine=choice.engine)  # type: ignore[arg-type]
-            driver = engines.load_driver(choice.engine)
             begin = time.perf_counter()
             self._take_images_word()
             entry = state.create(self._record())
             try:
-                self._running = driver.start(self._spec, self._place(entry), self._phases)
+                driver = engines.load_driver(choice.engine)
+                self._running = driver.start(self._spec, Place.of(entry), self._phases)
                 self._entered(entry, self._running)
             except BaseException:
                 with suppress(GuestCrash):
@@ -143,27 +144,10 @@ class Machine(Commands):
         self.make_workdir()
         info = running.info
         entry.update(status="running", vm_pid=info.pid, kernel=info.kernel)
-        methods = {
-            "stats": lambda request: dict(
-                running.stats(engine_counters=bool(request.get("engine_counters")))
-            ),
-            "inspect": lambda _: dict(running.inspect()),
-            "pause": lambda _: self._answered(self.pause),
-            "resume": lambda _: self._answered(self.resume),
-            "stop": lambda request: self._answered(
-                lambda: self.stop(float(str(request.get("timeout_s", _STOP_GRACE_S))))
-            ),
-            "kill": lambda _: self._answered(self.kill),
-        }
+        methods = requests.methods(self, running)
         self._resources.callback(ControlServer(entry.sockets / SOCKET_NAME, methods).close)
         self._watch = Watch(self._spec.timeouts, self._time_is_up)
         self._resources.callback(self._watch.close)
-
-    @staticmethod
-    def _answered(act: object) -> dict[str, object]:
-        if callable(act):
-            act()
-        return {}
 
     def _record(self) -> state.Record:
         spec = self._spec
@@ -175,18 +159,11 @@ class Machine(Commands):
             root=root_words(spec.root),
             vcpus=spec.vcpus,
             memory_mib=spec.memory_mib,
-            network=spec.network,
+            network=", ".join(link.network for link in spec.links) or "none",
             remove=not self._keep,
             user=spec.user,
             workdir=spec.workdir,
             env=tuple(spec.env.items()),
-        )
-
-    @staticmethod
-    def _place(entry: state.Entry) -> Place:
-        record = entry.record
-        return Place(
-            machine_id=record.id, name=record.name, folder=entry.path, sockets=entry.sockets
         )
 
     @property
@@ -297,6 +274,35 @@ class Machine(Commands):
     def inspect(self) -> Mapping[str, object]:
         """What it is made of."""
         return self._live().inspect()
+
+    def connect(
+        self, network: str, *, ip: str | tuple[str, ...] = (), mac: str = ""
+    ) -> Mapping[str, object]:
+        """Gives it one more network interface, while it runs.
+
+        Args:
+            network: A mode, or the name of a network.
+            ip: Its addresses there; chosen when empty, as is ``mac``.
+            mac: Its Ethernet address there.
+        """
+        link = LinkSpec(network=network, mac=mac, addresses=(ip,) if isinstance(ip, str) else ip)
+        with self._lock:
+            found = self._live().connect(link)
+            self._tell_networks()
+            return found
+
+    def disconnect(self, network: str) -> None:
+        """Takes its interface on a network away.
+
+        Raises:
+            NotFoundError: It isn't on that network.
+        """
+        with self._lock:
+            self._live().disconnect(network)
+            self._tell_networks()
+
+    def _tell_networks(self) -> None:
+        self.entry.update(network=", ".join(self._live().networks) or "none")
 
     def wait(self, timeout_s: float | None = None) -> Ending | None:
         """Waits until it ends; None when it still runs after that time."""

@@ -1,21 +1,27 @@
-"""How a machine is attached to a network."""
+"""How a machine is attached to its networks, at its start and later."""
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ringfence.errors import ConfigError
-from ringfence.network import AttachOptions, PublishedPort, Rate, attach
+from ringfence.errors import ConfigError, ConflictError, GuestError, NotFoundError
+from ringfence.network import AttachOptions, LinkSpec, PublishedPort, Rate, attach
 
 if TYPE_CHECKING:
-    from contextlib import ExitStack
+    from collections.abc import Iterator, Mapping
 
     from ringfence.guest.spec import InterfaceSpec
-    from ringfence.machine.document import Document
-    from ringfence.machine.driver import Place
+    from ringfence.machine.driver import AgentLike, Place
     from ringfence.machine.spec import MachineSpec
+    from ringfence.network import Attachment
+    from ringfence.network.options import Kind
 
-__all__ = ["add_networks", "attach_options"]
+__all__ = ["Attachments", "attach_options", "describe", "tell_names"]
+
+# More of them would give a network card more than the host's threads serve.
+_MOST_QUEUES = 8
 
 
 def attach_options(spec: MachineSpec, name: str) -> AttachOptions:
@@ -32,34 +38,153 @@ def attach_options(spec: MachineSpec, name: str) -> AttachOptions:
         hosts=spec.hosts,
         hostname=spec.hostname,
         rate=Rate(send_bytes_per_s=spec.bandwidth, receive_bytes_per_s=spec.bandwidth),
+        queues=min(spec.vcpus, _MOST_QUEUES),
     )
 
 
-def add_networks(
-    document: Document, spec: MachineSpec, place: Place, stack: ExitStack
-) -> list[InterfaceSpec]:
-    """Attaches the machine, adds the card to the document, and says what the guest is told.
+def _refuse_without(spec: MachineSpec) -> None:
+    """A machine without a network has nothing that belongs to one."""
+    asked = {
+        "publish ports": spec.ports,
+        "have egress rules": spec.policy.rules,
+        "have name servers": spec.dns,
+        "have a bandwidth": spec.bandwidth is not None,
+    }
+    for what, given in asked.items():
+        if given:
+            message = f"a machine without a network can't {what}"
+            raise ConfigError(message, hint="add --network user")
 
-    Raises:
-        ConfigError: Something asked for is wrong.
-        RingfenceError: As the network says.
+
+class Attachments:
+    """A machine's ends of networks, by the networks' names. A context manager: leaving detaches it.
+
+    Args:
+        spec: The machine.
+        place: Its ID and name.
+        kind: ``vm`` or ``container``.
     """
-    options = attach_options(spec, place.name)
-    if spec.network == "none":
-        asked = {
-            "publish ports": options.publish,
-            "have egress rules": options.policy.rules,
-            "have name servers": options.dns,
-            "know hosts": options.hosts,
-            "have a bandwidth": spec.bandwidth is not None,
-        }
-        for what, given in asked.items():
-            if given:
-                message = f"a machine without a network can't {what}"
-                raise ConfigError(message, hint="add --network user")
-        return []
-    attachment = stack.enter_context(attach(spec.network, place.machine_id, "vm", options))
-    device, fds = attachment.device_config()
-    document.lend(fds)
-    document.add_made_device(device)
-    return [attachment.interface]
+
+    def __init__(self, spec: MachineSpec, place: Place, kind: Kind) -> None:
+        self._spec = spec
+        self._place = place
+        self._kind = kind
+        self._by_name: dict[str, Attachment] = {}
+
+    def attach_all(self) -> None:
+        """Attaches the machine to what its specification says.
+
+        Raises:
+            RingfenceError: A network refuses; those before it are left by :meth:`close`.
+        """
+        links = self._spec.links
+        if not links:
+            _refuse_without(self._spec)
+        for link in links:
+            self.attach(link)
+
+    def attach(self, link: LinkSpec) -> Attachment:
+        """Attaches the machine to one more network.
+
+        Raises:
+            ConflictError: It is on it already.
+            RingfenceError: The network refuses.
+        """
+        if link.network == "none":
+            message = "none is no network that a machine could be on"
+            raise ConfigError(message, hint="ringfence network disconnect takes it off one")
+        if link.network in self._by_name:
+            message = f"the machine {self._place.name} is on the network {link.network} already"
+            raise ConflictError(message)
+        options = attach_options(self._spec, self._place.name)
+        first = not self._by_name
+        options = dataclasses.replace(
+            options,
+            mac=link.mac,
+            addresses=link.addresses,
+            # Ports of the host lead to one interface.
+            publish=options.publish if first else (),
+            device=self._free_device(),
+            leads_outside=not self._leads_outside(),
+        )
+        found = attach(link.network, self._place.machine_id, self._kind, options)
+        self._by_name[link.network] = found
+        return found
+
+    def _leads_outside(self) -> bool:
+        return any(one.interface.gateways for one in self._by_name.values())
+
+    def _free_device(self) -> str:
+        plans = [one.netns_plan for one in self._by_name.values()]
+        taken = {plan.device for plan in plans if plan is not None}
+        number = 0
+        while f"eth{number}" in taken:
+            number += 1
+        return f"eth{number}"
+
+    def take(self, network: str) -> Attachment:
+        """The end on a network; it is the caller's to close.
+
+        Raises:
+            NotFoundError: The machine isn't on it.
+        """
+        found = self._by_name.pop(network, None)
+        if found is None:
+            message = f"the machine {self._place.name} is not on the network {network}"
+            on = ", ".join(self._by_name) or "none"
+            raise NotFoundError(message, hint=f"it is on: {on}")
+        return found
+
+    def give_back(self, network: str, attachment: Attachment) -> None:
+        """What was taken and could not be let go of."""
+        self._by_name[network] = attachment
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks, the first one first."""
+        return tuple(self._by_name)
+
+    def __iter__(self) -> Iterator[Attachment]:
+        """The ends, in the order of their making."""
+        return iter(list(self._by_name.values()))
+
+    def interfaces(self) -> list[InterfaceSpec]:
+        """What the guest is told; those that lead outside last.
+
+        A server that knows nothing of outside says so, and the next one is asked; one that does
+        says that there is no such name, and nobody else is.
+        """
+        return sorted((one.interface for one in self), key=lambda one: bool(one.gateways))
+
+    def close(self) -> None:
+        """Detaches the machine from all; may be called again."""
+        while self._by_name:
+            _, attachment = self._by_name.popitem()
+            attachment.close()
+
+    def describe(self) -> list[Mapping[str, object]]:
+        """What the machine has of each network."""
+        return [describe(name, one) for name, one in self._by_name.items()]
+
+
+def tell_names(agent: AgentLike, attachments: Attachments) -> None:
+    """Tells a machine whom to ask for names, now that its networks are others."""
+    servers = [address for one in attachments.interfaces() for address in one.dns]
+    if servers:
+        text = "".join(f"nameserver {address}\n" for address in servers)
+        # A root that can't be written to keeps its own.
+        with suppress(GuestError):
+            agent.files.write("/etc/resolv.conf", text.encode())
+
+
+def describe(network: str, attachment: Attachment) -> Mapping[str, object]:
+    """What a machine has of a network."""
+    interface = attachment.interface
+    return {
+        "network": network,
+        "mac": interface.mac,
+        "addresses": list(interface.addresses),
+        "gateways": list(interface.gateways),
+        "dns": list(interface.dns),
+        "published": [str(port) for port in attachment.published],
+    }

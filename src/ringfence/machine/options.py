@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from ringfence.errors import ConfigError
 from ringfence.machine.spec import (
@@ -72,14 +72,23 @@ class MachineOptions(TypedDict, total=False):
     """Environment of all commands."""
     user: str
     """Who runs commands."""
-    network: str | Policy
-    """How it is connected (``user``): a mode, a network's name, or egress rules for ``user``."""
+    network: str | Policy | Iterable[str]
+    """How it is connected (``user``): a mode, a network's name, or egress rules for ``user``.
+
+    Several networks are an interface each. ``"web,ip=10.5.0.9,mac=02:00:00:00:00:01"`` says more.
+    """
+    ip: str | Iterable[str]
+    """Its addresses on the first network."""
+    mac: str
+    """Its Ethernet address on the first network."""
     ports: Iterable[str]
     """Published ports, ``"[IP:]HOST:GUEST[/udp]"``."""
     allow: Iterable[str]
     """What it may reach, such as ``"*.pypi.org:443"``; nothing else then."""
     deny: Iterable[str]
     """What it may not reach."""
+    default: Literal["allow", "deny"] | None
+    """What becomes of what no rule is about; ``deny`` when there is an allow rule."""
     dns: Iterable[str]
     """Name servers to ask instead of the host's."""
     hosts: Mapping[str, str]
@@ -159,15 +168,34 @@ def spec_from(options: MachineOptions) -> MachineSpec:
 
 
 def _network(options: MachineOptions) -> dict[str, object]:
-    given = options.get("network")
-    rules = [key for key in ("allow", "deny") if key in options]
+    given = options.get("network", "user")
+    rules = [key for key in ("allow", "deny", "default") if options.get(key) is not None]
+    policy = Policy(
+        allow=_texts(options.get("allow", ())),
+        deny=_texts(options.get("deny", ())),
+        default=options.get("default"),
+    )
     if isinstance(given, Policy):
-        if rules:
+        if any(options.get(key) for key in rules):
             message = f"egress rules are given twice: by network and by {rules[0]}"
             raise ConfigError(message)
-        return {"network": "user", "policy": given}
-    policy = Policy(allow=tuple(options.get("allow", ())), deny=tuple(options.get("deny", ())))
-    return {"network": "user" if given is None else given, "policy": policy}
+        policy = given
+    first, *others = _networks(given)
+    words = [f"ip={address}" for address in _texts(options.get("ip", ()))]
+    if options.get("mac"):
+        words.append(f"mac={options['mac']}")
+    network = ",".join([first, *words])
+    return {"network": network, "networks": tuple(others), "policy": policy}
+
+
+def _networks(given: str | Policy | Iterable[str]) -> list[str]:
+    if isinstance(given, Policy):
+        return ["user"]
+    return [given] if isinstance(given, str) else (list(given) or ["none"])
+
+
+def _texts(given: str | Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _bandwidth(given: int | str | None) -> int | None:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Self
 
 from ringfence.errors import ConfigError
+from ringfence.network.options import LinkSpec
 from ringfence.network.policy import Policy
 
 if TYPE_CHECKING:
@@ -242,7 +243,9 @@ class MachineSpec:
         workdir: Where commands run; made in the guest when missing.
         env: Added to each command's environment.
         user: Who runs commands: ``NAME``, ``UID`` or ``UID:GID``.
-        network: How it is connected: ``none``, ``user``, ``nat``, ... or a network's name.
+        network: How it is connected: ``none``, ``user``, ``nat``, ... or a network's name, with
+            ``,ip=ADDRESS`` and ``,mac=MAC`` if need be.
+        networks: Further networks, each by an interface of its own.
         ports: Published ports, as ``[IP:]HOST:GUEST[/udp]``.
         policy: Who it may reach.
         dns: Name servers to ask instead of the host's.
@@ -268,6 +271,7 @@ class MachineSpec:
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     user: str = ""
     network: str = "none"
+    networks: tuple[str, ...] = ()
     ports: tuple[str, ...] = ()
     policy: Policy = field(default_factory=Policy)
     dns: tuple[str, ...] = ()
@@ -309,6 +313,20 @@ class MachineSpec:
             raise ConfigError(message, hint="only --disk and --image make one")
         self._check_mounts()
         self._check_env()
+        networks = [link.network for link in self.links]
+        for name in networks:
+            if networks.count(name) > 1:
+                message = f"the machine would be on the network {name} twice"
+                raise ConfigError(message)
+
+    @property
+    def links(self) -> tuple[LinkSpec, ...]:
+        """Its interfaces."""
+        found = [LinkSpec.parse(text) for text in (self.network, *self.networks)]
+        if found[0].network == "none" and (len(found) > 1 or found[0] != LinkSpec(network="none")):
+            message = "a machine without a network has neither addresses nor further networks"
+            raise ConfigError(message)
+        return () if found[0].network == "none" else tuple(found)
 
     def _check_mounts(self) -> None:
         targets = [mount.target for mount in self.mounts]

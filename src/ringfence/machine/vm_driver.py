@@ -8,13 +8,14 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from ringfence import _binaries
-from ringfence.errors import AgentError, GuestTimeout, StateError
+from ringfence.errors import AgentError, GuestError, GuestTimeout, RingfenceError, StateError
 from ringfence.guest import initramfs, kernels
 from ringfence.guest.agent import Agent, connect_vsock
 from ringfence.guest.spec import GuestSetup
 from ringfence.machine import check, host_root, network_plan, root_plan, sockets
 from ringfence.machine.document import Document
 from ringfence.machine.driver import Driver, RunningInfo
+from ringfence.machine.network_plan import Attachments, tell_names
 from ringfence.machine.spec import HostRoot
 from ringfence.machine.vm_process import VmProcess
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ringfence.machine.driver import AgentLike, Ending, Place
     from ringfence.machine.phases import Phases
     from ringfence.machine.spec import MachineSpec
+    from ringfence.network import LinkSpec
 
 __all__ = ["VmDriver", "VmMachine", "driver"]
 
@@ -84,12 +86,16 @@ class VmMachine:
         process: The VM process.
         agent: The guest's agent, set up.
         info: What is known of it.
+        attachments: Its networks.
     """
 
-    def __init__(self, process: VmProcess, agent: AgentLike, info: RunningInfo) -> None:
+    def __init__(
+        self, process: VmProcess, agent: AgentLike, info: RunningInfo, attachments: Attachments
+    ) -> None:
         self._process = process
         self._agent = agent
         self._info = info
+        self._attachments = attachments
         self._resources = ExitStack()
 
     def own(self, resources: ExitStack) -> None:
@@ -130,8 +136,53 @@ class VmMachine:
         return found
 
     def inspect(self) -> Mapping[str, object]:
-        """What the VM process says of the machine."""
-        return self._process.control.call("inspect")
+        """What the VM process says of the machine, and its networks."""
+        found = self._process.control.call("inspect")
+        return {**found, "networks": self._attachments.describe()}
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that it is on."""
+        return self._attachments.networks
+
+    def connect(self, link: LinkSpec) -> Mapping[str, object]:
+        """Puts a network card in; the guest looks for it at once.
+
+        Raises:
+            RingfenceError: The network or the guest refuses; all is as it was.
+        """
+        attachment = self._attachments.attach(link)
+        interface = attachment.interface
+        try:
+            device, fds = attachment.device_config()
+            self._process.control.call("add_card", _numbered(device, fds), fds)
+            self._agent.add_interface(interface)
+        except BaseException:
+            with suppress(RingfenceError):
+                self._process.control.call("remove_card", {"mac": interface.mac})
+            self._attachments.take(link.network).close()
+            raise
+        tell_names(self._agent, self._attachments)
+        return network_plan.describe(link.network, attachment)
+
+    def disconnect(self, network: str) -> None:
+        """Takes a network card out, once the guest has let go of it.
+
+        Raises:
+            RingfenceError: The machine isn't on that network.
+        """
+        attachment = self._attachments.take(network)
+        mac = attachment.interface.mac
+        try:
+            # A guest that doesn't let go loses its card all the same.
+            with suppress(GuestError):
+                self._agent.remove_interface(mac)
+            self._process.control.call("remove_card", {"mac": mac})
+        except BaseException:
+            self._attachments.give_back(network, attachment)
+            raise
+        attachment.close()
+        tell_names(self._agent, self._attachments)
 
     def close(self) -> None:
         """Ends it if it still runs, and leaves nothing behind."""
@@ -151,7 +202,14 @@ def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -
         root = root_plan.add_root(document, spec.root, place.folder, spec.disk_rate)
         mounts = root_plan.extra_mounts(spec.root)
         mounts += root_plan.add_mounts(document, spec.mounts, _owner(spec))
-        interfaces = network_plan.add_networks(document, spec, place, stack)
+        attachments = Attachments(spec, place, "vm")
+        stack.callback(attachments.close)
+        attachments.attach_all()
+        for attachment in attachments:
+            device, fds = attachment.device_config()
+            document.lend(fds)
+            document.add_made_device(device)
+        interfaces = attachments.interfaces()
         document.set(
             "boot",
             {
@@ -170,7 +228,7 @@ def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -
     agent = _bring_up(process, handout, place, setup, spec.timeouts.boot_s, phases)
     stack.callback(agent.close)
     info = RunningInfo(engine=spec.engine, pid=process.pid, kernel=agent.kernel)
-    return VmMachine(process, agent, info)
+    return VmMachine(process, agent, info, attachments)
 
 
 def _add_vsock(document: Document, place: Place, stack: ExitStack) -> socket.socket:
@@ -208,7 +266,18 @@ def _setup(
         hostname=spec.hostname or place.name.replace("_", "-").replace(".", "-")[:63],
         mounts=tuple(mounts),
         interfaces=tuple(interfaces),
+        hosts=spec.hosts,
     )
+
+
+def _numbered(device: dict[str, object], fds: list[int]) -> dict[str, object]:
+    """A device whose descriptors go beside it, and are named by their place there."""
+    found = {key: value for key, value in device.items() if key != "type"}
+    if "tap_fds" in found:
+        found["tap_fds"] = list(range(len(fds)))
+    else:
+        found["link_fd"] = 0
+    return found
 
 
 def _bring_up(

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ringfence.network.attachment import Attachment, NetnsPlan
-from ringfence.network.options import AttachOptions, PublishedPort, Rate
+from ringfence.network.options import AttachOptions, LinkSpec, PublishedPort, Rate
 from ringfence.network.policy import Policy, Rule, parse_rule
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttachOptions",
     "Attachment",
+    "LinkSpec",
     "NetnsPlan",
     "Policy",
     "PublishedPort",

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING
 from ringfence.errors import ConfigError, ConflictError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = [
+    "check_all_wanted",
+    "check_free",
+    "check_wanted",
     "choose_v4",
     "choose_v6",
     "derive_mac",
     "free_address",
     "host_nameservers",
     "host_networks",
+    "host_networks_v6",
     "parse_subnet",
 ]
 
@@ -27,6 +31,7 @@ V6 = ipaddress.IPv6Network
 Network = V4 | V6
 
 _ROUTES = Path("/proc/net/route")
+_ROUTES6 = Path("/proc/net/ipv6_route")
 _RESOLV = Path("/etc/resolv.conf")
 _POOL = ipaddress.IPv4Network("10.128.0.0/9")
 
@@ -50,6 +55,21 @@ def host_networks() -> list[V4]:
         if mask:
             bits = mask.bit_count()
             found.append(ipaddress.IPv4Network((base, bits), strict=False))
+    return found
+
+
+def host_networks_v6() -> list[V6]:
+    """The IPv6 networks that the host has routes to, but for the default, link-local and groups."""
+    found = []
+    try:
+        lines = _ROUTES6.read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        fields = line.split()
+        net = V6((int(fields[0], 16), int(fields[1], 16)), strict=False)
+        if net.prefixlen and not (net.is_link_local or net.is_multicast or net.is_loopback):
+            found.append(net)
     return found
 
 
@@ -101,11 +121,58 @@ def parse_subnet(text: str, taken: Iterable[tuple[str, Network]] = ()) -> Networ
         if found.version == other.version and found.overlaps(other):
             message = f"the subnet {found} overlaps {other} of the network {name}"
             raise ConflictError(message, hint="choose another, or leave it out to have one chosen")
-    for route in host_networks():
-        if found.version == 4 and found.overlaps(route):
-            message = f"the subnet {found} overlaps {route}, which this host has a route to"
-            raise ConflictError(message, hint="choose another, or leave it out to have one chosen")
+    check_free(found)
     return found
+
+
+def check_free(net: Network) -> None:
+    """Checks that the host has no route to a part of a network.
+
+    Raises:
+        ConflictError: It has.
+    """
+    routes: Sequence[Network] = host_networks() if net.version == 4 else host_networks_v6()
+    for route in routes:
+        if net.overlaps(route):
+            message = f"the subnet {net} overlaps {route}, which this host has a route to"
+            raise ConflictError(message, hint="choose another, or leave it out to have one chosen")
+
+
+def check_wanted(text: str, nets: Iterable[Network]) -> None:
+    """Checks that an address is one that a machine on these networks can have.
+
+    Raises:
+        ConfigError: It isn't.
+    """
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError as error:
+        message = f"{text!r} is not an IP address"
+        raise ConfigError(message) from error
+    for net in nets:
+        if address in net:
+            ends = {net.network_address, net[1], *([net[-1]] if net.version == 4 else [])}
+            if address in ends:
+                message = f"{text} is the network's own, the host's or the broadcast address"
+                raise ConfigError(message)
+            return
+    of = " or ".join(str(net) for net in nets)
+    message = f"{text} is not an address of the network {of}"
+    raise ConfigError(message)
+
+
+def check_all_wanted(wanted: Sequence[str], nets: Sequence[Network]) -> None:
+    """Checks what a machine wants: at most one address of each family.
+
+    Raises:
+        ConfigError: It can't have them.
+    """
+    for text in wanted:
+        check_wanted(text, nets)
+    versions = [":" in text for text in wanted]
+    if len(set(versions)) != len(versions):
+        message = "a machine has at most one IPv4 and one IPv6 address on a network"
+        raise ConfigError(message)
 
 
 def free_address(net: Network, used: Iterable[str], wanted: Iterable[str] = ()) -> str:
@@ -120,9 +187,7 @@ def free_address(net: Network, used: Iterable[str], wanted: Iterable[str] = ()) 
         address = ipaddress.ip_address(text)
         if address.version != net.version:
             continue
-        if address not in net or address == net.network_address:
-            message = f"{text} is not an address of the network {net}"
-            raise ConfigError(message)
+        check_wanted(text, [net])
         if str(address) in taken:
             message = f"the address {text} is taken"
             raise ConflictError(message, hint="choose another, or leave it out to have one chosen")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -70,6 +71,10 @@ class Attachment:
     def netns_plan(self) -> NetnsPlan | None:
         """What a container's namespace gets; None for a VM."""
         return self._plan
+
+    def keep_from_outside(self) -> None:
+        """Another interface of the machine has its way outside and its name servers."""
+        self._interface = dataclasses.replace(self._interface, gateways=(), dns=())
 
     def device_config(self) -> tuple[dict[str, object], list[int]]:
         """The VM document's ``net`` device, and the descriptors that it names."""

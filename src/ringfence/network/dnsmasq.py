@@ -6,23 +6,31 @@ Source: ``dnsmasq(8)``.
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import subprocess
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringfence.errors import HostError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ringfence.network.store import Member, NetworkSpec
 
-__all__ = ["apply", "program", "stop"]
+__all__ = ["CHILDREN", "HOST_NAME", "Serving", "apply", "end", "program", "running", "stop"]
 
+# By which machines find this host, in user-space networks too.
+HOST_NAME = "host.ringfence.internal"
+_NO_NAMES = "--port=0"
 _TIMEOUT_S = 20.0
+
+# Servers that outlive the machine that started them; kept here to be reaped.
+CHILDREN: list[subprocess.Popen[bytes]] = []
 
 
 def program() -> str:
@@ -38,9 +46,11 @@ def program() -> str:
     return found
 
 
-def _running(folder: Path) -> int | None:
+def running(folder: Path, file: str) -> int | None:
+    """The process of a network's server, by the file that names it."""
+    CHILDREN[:] = [child for child in CHILDREN if child.poll() is None]
     with suppress(OSError, ValueError):
-        pid = int((folder / "dnsmasq.pid").read_text())
+        pid = int((folder / file).read_text())
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
         # The number may be another's by now.
         if str(folder).encode() in words:
@@ -48,50 +58,60 @@ def _running(folder: Path) -> int | None:
     return None
 
 
-def apply(
-    folder: Path,
-    bridge: str,
-    spec: NetworkSpec,
-    first: Sequence[str],
-    members: Sequence[Member],
-    *,
-    routed: bool,
-) -> None:
-    """Tells dnsmasq who is on the network now; starts it when it doesn't run.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """How a network is served.
 
     Args:
-        folder: For its files.
+        folder: For files.
         bridge: The network's bridge.
-        spec: The network.
         first: The host's address in each subnet.
-        members: The machines.
         routed: Whether the host is the way outside.
+        names: Whether names are told as well as addresses.
+        known: The names that are answered.
+    """
+
+    folder: Path
+    bridge: str
+    first: Sequence[str]
+    routed: bool
+    names: bool
+    known: Mapping[str, list[str]]
+
+
+def apply(serving: Serving, spec: NetworkSpec, members: Sequence[Member]) -> None:
+    """Tells dnsmasq who is on the network now; starts it when it doesn't run.
 
     Raises:
         HostError: It can't be started.
         UnsupportedError: It is missing.
     """
+    folder = serving.folder
     hosts = folder / "hosts"
     leases = folder / "dhcp-hosts"
-    hosts.write_text(
-        "".join(f"{ip} {one.name}\n" for one in members if one.name for ip in one.addresses)
-    )
+    known = [f"{ip} {name}\n" for name, own in serving.known.items() for ip in own]
+    known += [f"{ip} {HOST_NAME}\n" for ip in serving.first]
+    hosts.write_text("".join(known))
     leases.write_text(
         "".join(f"{one.mac},{ip}\n" for one in members for ip in one.addresses if ":" not in ip)
     )
-    pid = _running(folder)
-    if pid is not None:
+    pid = running(folder, "dnsmasq.pid")
+    if pid is not None and _serves_names(pid) == serving.names:
         os.kill(pid, signal.SIGHUP)
         return
-    v4 = next(address for address in first if ":" not in address)
+    if pid is not None:
+        end(pid)
+    v4 = next(address for address in serving.first if ":" not in address)
     words = [
         program(), "--conf-file=/dev/null", "--no-hosts", "--bind-dynamic", "--except-interface=lo",
-        f"--interface={bridge}", f"--pid-file={folder / 'dnsmasq.pid'}",
+        f"--interface={serving.bridge}", f"--pid-file={folder / 'dnsmasq.pid'}",
         f"--addn-hosts={hosts}", f"--dhcp-hostsfile={leases}", "--dhcp-leasefile=/dev/null",
         "--leasefile-ro", f"--dhcp-range={v4},static,infinite", "--dhcp-authoritative",
         f"--dhcp-option=option:mtu,{spec.mtu}", "--user=root", "--stop-dns-rebind", "--no-poll",
     ]  # fmt: skip
-    if not routed:
+    if not serving.names:
+        words += [_NO_NAMES, f"--dhcp-option=option:dns-server,{v4}"]
+    if not serving.routed:
         words += ["--no-resolv", "--dhcp-option=option:router"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode != 0:
@@ -99,12 +119,28 @@ def apply(
         raise HostError(message)
 
 
+def _serves_names(pid: int) -> bool:
+    with suppress(OSError):
+        return _NO_NAMES.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return False
+
+
+def end(pid: int) -> None:
+    """Ends it, and waits until its port is free."""
+    with suppress(ProcessLookupError):
+        handle = os.pidfd_open(pid)
+        try:
+            os.kill(pid, signal.SIGTERM)
+            select.select([handle], [], [], _TIMEOUT_S)
+        finally:
+            os.close(handle)
+
+
 def stop(folder: Path) -> None:
     """Ends it, if it runs."""
-    pid = _running(folder)
+    pid = running(folder, "dnsmasq.pid")
     if pid is not None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+        end(pid)
     for name in ("dnsmasq.pid", "hosts", "dhcp-hosts"):
         with suppress(OSError):
             (folder / name).unlink(missing_ok=True)

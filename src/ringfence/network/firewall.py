@@ -1,38 +1,32 @@
 """Rules of the host's kernel, in tables of our own: nothing outside of them is ever touched.
 
 Each network has a table ``inet`` for what passes through the host, and a table ``bridge`` that
-holds each machine to its own addresses. They are written whole and at once (``nft -f``).
+holds each machine to its own addresses and its bandwidth.
 
-Source: ``nft(8)``.
+Source: ``nft(8)``, ``Documentation/networking/ip-sysctl.rst`` (``route_localnet``).
 """
 
 from __future__ import annotations
 
 import ipaddress
-import json
-import shutil
-import subprocess
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from ringfence.errors import HostError, UnsupportedError
+from ringfence.errors import HostError
+from ringfence.network import egress, tables
 from ringfence.network.options import PublishedPort
-from ringfence.network.policy import Policy
+from ringfence.network.tables import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from ringfence.network.policy import Rule
     from ringfence.network.store import Member, NetworkSpec
 
-__all__ = ["Passage", "apply", "counters", "delete", "egress_rules", "hold"]
+__all__ = ["Passage", "apply", "counters", "delete", "hold", "refusals"]
 
-# Providers' metadata and agent addresses; link-local is never forwarded anyway.
-_CLOSED = {
-    4: "{ 169.254.0.0/16, 100.100.100.200, 168.63.129.16, 192.0.0.192 }",
-    6: "{ fe80::/10, fd00:ec2::254, fd20:ce::254 }",
-}
-_TIMEOUT_S = 30.0
+delete = tables.delete
+_FIRST = "type filter hook prerouting priority -300; policy accept;"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,95 +46,112 @@ class Passage:
     translate: bool
 
 
-def _nft(*words: str, script: str = "") -> str:
-    program = shutil.which("nft") or "/usr/sbin/nft"
-    try:
-        done = subprocess.run(
-            [program, *words],
-            input=script,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
-    except FileNotFoundError as error:
-        message = "the program nft is missing"
-        raise UnsupportedError(message, hint="apt install nftables") from error
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        message = f"the host's kernel refuses the network's rules: {said[0] if said else ''}"
-        raise HostError(message, hint="modprobe nf_tables nft_chain_nat nft_masq")
-    return done.stdout
-
-
-def _write(lines: Iterable[str]) -> None:
-    """All of it or nothing."""
-    _nft("-f", "-", script="\n".join(lines) + "\n")
-
-
 def apply(
     table: str, bridge: str, spec: NetworkSpec, passage: Passage, members: Sequence[Member]
 ) -> None:
-    """Writes a network's tables anew; counts begin again.
+    """Writes a network's tables anew; what was counted stays.
 
     Raises:
         HostError: The kernel refuses.
-        UnsupportedError: A rule is about a name, or there is no nft.
+        UnsupportedError: There is no nft.
     """
-    lines = [f"add table inet {table}", f"delete table inet {table}", f"table inet {table} {{"]
-    lines += _counters()
-    lines += _forward(bridge, passage)
-    lines += egress_rules(spec, members)
-    lines += _input(bridge, passage)
-    lines += _translate(bridge, spec, passage, members)
-    lines += ["}", *_own_addresses(table, members)]
-    _write(lines)
+    inet = Table(family="inet", name=table)
+    everyone = egress.owners(spec, members)
+    egress.add_refusals(inet, spec.name, rejects=True)
+    egress.add_chains(inet, everyone)
+    # The bridge lets packets to the loopback's addresses in, for published ports: not the guests'.
+    loopback = f'iifname "{bridge}" ip {{}} 127.0.0.0/8 jump drop_loopback'
+    inet.chain("drop_loopback", ["counter name loopback", "drop"])
+    inet.chain("first", [loopback.format("daddr"), loopback.format("saddr")], _FIRST)
+    forward = "type filter hook forward priority filter; policy accept;"
+    inet.chain("forward", _forward(bridge, passage), forward)
+    inside = "type filter hook input priority filter; policy accept;"
+    ruled = any(owner.policy.says_something for owner in everyone)
+    first = [str(ipaddress.ip_network(text)[1]) for text in spec.subnets]
+    inet.chain("input", _input(bridge, first, passage, ruled=ruled), inside)
+    _translate(inet, bridge, spec, passage, members)
+    _open_host(inet, bridge, first, everyone)
+    tables.write(inet, _own_addresses(table, members))
 
 
-def hold(table: str, members: Sequence[Member]) -> None:
-    """Writes only the table that holds machines to their own addresses.
+def hold(table: str, spec: NetworkSpec, members: Sequence[Member]) -> None:
+    """Writes the table of a LAN's machines: their own addresses, their bandwidth, their rules.
 
     Raises:
         HostError: The kernel refuses.
+        UnsupportedError: A rule can't be held here.
     """
-    _write(_own_addresses(table, members))
+    held = _own_addresses(table, members)
+    egress.add_refusals(held, spec.name, rejects=False)
+    held.counters = (*held.counters, "spoofed")
+    for number, member in enumerate(members):
+        # By its link: a LAN's machine has addresses that we don't know.
+        owners = [egress.Owner("net", spec.policy), egress.Owner(f"m{number}", member.policy)]
+        egress.add_lan_chains(held, number, owners)
+        held.chain(f"begins_{number}", [*_BEGINS, f"jump egress_{number}"])
+        held.chains[f"machine_{number}"].append(f"jump begins_{number}")
+    tables.write(held)
 
 
-def delete(table: str) -> None:
-    """Takes a network's tables away, if they are there.
-
-    Raises:
-        HostError: The kernel refuses.
-    """
-    _write(
-        f"{word} table {kind} {table}" for kind in ("inet", "bridge") for word in ("add", "delete")
-    )
+# What a machine begins by itself; the rest answers others, or keeps the link going.
+_BEGINS = (
+    "ether type != { ip, ip6 } return",
+    "meta l4proto tcp tcp flags & (syn | ack) != syn return",
+    "meta l4proto icmp icmp type != echo-request return",
+    "meta l4proto ipv6-icmp icmpv6 type != echo-request return",
+    "udp sport 68 udp dport 67 return",
+    "udp sport 546 udp dport 547 return",
+)
 
 
 def counters(table: str) -> dict[str, int]:
     """How many packets were refused, by reason."""
-    found = json.loads(_nft("-j", "list", "counters", "table", "inet", table))
+    found: dict[str, int] = {}
+    for family in ("inet", "bridge"):
+        for kind, fields in tables.listed(family, table, terse=True):
+            if kind == "counter":
+                name = str(fields["name"])
+                found[name] = found.get(name, 0) + int(str(fields["packets"]))
+    if not found:
+        message = f"the table {table} is not there"
+        raise HostError(message)
+    return found
+
+
+def refusals(table: str) -> list[dict[str, object]]:
+    """What was refused in the last hour: who, whom, why, how often and when last; oldest first."""
+    now = time.time()
+    found = []
+    for family in ("inet", "bridge"):
+        for kind, fields in tables.listed(family, table):
+            name = str(fields.get("name", ""))
+            if kind == "set" and name.startswith("refused_"):
+                reason = name.removeprefix("refused_").removesuffix("_other")[:-2]
+                elements = cast("list[dict[str, dict[str, object]]]", fields.get("elem", []))
+                reason = reason.replace("_", "-")
+                found += [_refusal(one["elem"], reason, now) for one in elements]
+    return sorted(found, key=lambda one: float(str(one["time"])))
+
+
+def _refusal(element: dict[str, object], reason: str, now: float) -> dict[str, object]:
+    key = cast("dict[str, list[object]]", element["val"])["concat"]
+    source, destination, transport, *port = (str(part) for part in key)
+    if port:
+        destination = f"[{destination}]" if ":" in destination else destination
+        destination += f":{port[0]}"
+    counted = cast("dict[str, object]", element.get("counter", {}))
+    age = int(str(element.get("timeout", 0))) - int(str(element.get("expires", 0)))
     return {
-        str(one["counter"]["name"]): int(one["counter"]["packets"])
-        for one in cast("list[dict[str, dict[str, str]]]", found.get("nftables", []))
-        if "counter" in one
+        "time": now - age,
+        "address": source,
+        "transport": transport,
+        "destination": destination,
+        "reason": reason,
+        "packets": counted.get("packets", 1),
     }
 
 
-def _counters() -> Iterator[str]:
-    for name in ("closed", "denied", "not_allowed", "host", "inbound"):
-        yield f"counter {name} {{ }}"
-
-
 def _forward(bridge: str, passage: Passage) -> Iterator[str]:
-    for name in ("closed", "denied", "not_allowed", "host", "inbound"):
-        yield f"chain refuse_{name} {{"
-        yield f'limit rate 5/second log prefix "ringfence {name}: "'
-        yield f"counter name {name}"
-        yield "meta l4proto tcp reject with tcp reset"
-        yield "reject with icmpx admin-prohibited"
-        yield "}"
-    yield "chain forward { type filter hook forward priority filter; policy accept;"
     yield f'iifname "{bridge}" oifname "{bridge}" accept'
     yield f'iifname "{bridge}" ct state established,related accept'
     yield f'oifname "{bridge}" ct state established,related accept'
@@ -148,102 +159,48 @@ def _forward(bridge: str, passage: Passage) -> Iterator[str]:
     yield f'oifname "{bridge}" ct status dnat accept'
     if not passage.inside:
         yield f'oifname "{bridge}" jump refuse_inbound'
-    yield "}"
 
 
-def egress_rules(spec: NetworkSpec, members: Sequence[Member]) -> Iterator[str]:
-    """The rules about who machines may reach, as nft's lines.
-
-    Raises:
-        UnsupportedError: A rule is about a name.
-    """
-    policy = Policy(allow=spec.allow, deny=spec.deny)
-    own = [Policy(allow=member.allow, deny=member.deny) for member in members]
-    opened = [
-        line
-        for one in (policy, *own)
-        for rule in one.rules
-        if rule.action == "allow" and rule.cidr and _is_closed(rule.cidr)
-        for line in _rule(rule, "return")
-    ]
-    yield "chain closed_addresses {"
-    yield from opened
-    yield f"ip daddr {_CLOSED[4]} jump refuse_closed"
-    yield f"ip6 daddr {_CLOSED[6]} jump refuse_closed"
-    yield "}"
-    for number, one in enumerate(own):
-        yield f"chain machine_{number} {{"
-        yield from _chain(one, "return")
-        yield "}"
-    yield "chain egress {"
-    yield "jump closed_addresses"
-    for number, (member, one) in enumerate(zip(members, own, strict=True)):
-        if one.rules:
-            for address in member.addresses:
-                family = "ip6" if ":" in address else "ip"
-                yield f"{family} saddr {address} jump machine_{number}"
-    yield from _chain(policy, "accept")
-    yield "}"
-
-
-def _is_closed(cidr: str) -> bool:
-    return cidr.startswith(("169.254.", "fd00:ec2:", "100.100.100.200", "168.63.129.16"))
-
-
-def _chain(policy: Policy, admit: str) -> Iterator[str]:
-    for rule in policy.rules:
-        yield from _rule(rule, "jump refuse_denied" if rule.action == "deny" else admit)
-    if policy.refuses_by_default:
-        yield "jump refuse_not_allowed"
-
-
-def _rule(rule: Rule, verdict: str) -> Iterator[str]:
-    if not rule.cidr:
-        message = f"the rule {str(rule)!r} is about a name, which the host's kernel doesn't see"
-        raise UnsupportedError(message, hint="use --network user, or a network of the mode user")
-    family = "ip6" if ":" in rule.cidr else "ip"
-    where = f"{family} daddr {rule.cidr}"
-    if not rule.ports and rule.transport is None:
-        yield f"{where} {verdict}"
+def _input(bridge: str, first: Sequence[str], passage: Passage, *, ruled: bool) -> Iterator[str]:
+    if passage.host and not ruled:
         return
-    if rule.transport == "icmp":
-        yield f"{where} meta l4proto {{ icmp, ipv6-icmp }} {verdict}"
-        return
-    ports = ", ".join(f"{first}-{last}" for first, last in rule.ports) or "0-65535"
-    for transport in (rule.transport,) if rule.transport else ("tcp", "udp"):
-        yield f"{where} {transport} dport {{ {ports} }} {verdict}"
-
-
-def _input(bridge: str, passage: Passage) -> Iterator[str]:
-    yield "chain input { type filter hook input priority filter; policy accept;"
-    if not passage.host:
-        yield f'iifname != "{bridge}" accept'
-        yield "ct state established,related accept"
-        yield "meta l4proto { icmp, ipv6-icmp } accept"
-        yield "udp dport { 53, 67 } accept"
-        yield "tcp dport 53 accept"
-        yield "jump refuse_host"
-    yield "}"
+    yield f'iifname != "{bridge}" accept'
+    yield "ct state established,related accept"
+    yield "ct status dnat accept"
+    yield "meta l4proto { icmp, ipv6-icmp } accept"
+    yield "udp dport 67 accept"
+    for address in first:
+        family = "ip6" if ":" in address else "ip"
+        for transport in ("udp", "tcp"):
+            yield f"{family} daddr {address} {transport} dport 53 accept"
+    yield "jump egress" if passage.host else "jump refuse_host"
 
 
 def _translate(
-    bridge: str, spec: NetworkSpec, passage: Passage, members: Sequence[Member]
-) -> Iterator[str]:
-    yield "chain postrouting { type nat hook postrouting priority srcnat; policy accept;"
+    inet: Table, bridge: str, spec: NetworkSpec, passage: Passage, members: Sequence[Member]
+) -> None:
+    lines = []
     for subnet in spec.subnets if passage.translate else ():
         family = f"ip{'6' if ':' in subnet else ''}"
-        yield f'{family} saddr {subnet} oifname != "{bridge}" masquerade'
+        lines.append(f'{family} saddr {subnet} oifname != "{bridge}" masquerade')
     # The host's own programs come by its loopback.
-    yield f'oifname "{bridge}" ip saddr 127.0.0.0/8 masquerade'
-    yield "}"
-    for name, hook, priority in (
-        ("prerouting", "prerouting", "dstnat"),
-        ("output", "output", "-100"),
-    ):
-        yield f"chain {name} {{ type nat hook {hook} priority {priority}; policy accept;"
-        for member in members:
-            yield from _published(member)
-        yield "}"
+    lines.append(f'oifname "{bridge}" ip saddr 127.0.0.0/8 masquerade')
+    inet.chain("postrouting", lines, "type nat hook postrouting priority srcnat; policy accept;")
+    published = [line for member in members for line in _published(member)]
+    for hook, priority in (("prerouting", "dstnat"), ("output", "-100")):
+        inet.chain(hook, published, f"type nat hook {hook} priority {priority}; policy accept;")
+
+
+def _open_host(
+    inet: Table, bridge: str, first: Sequence[str], everyone: Sequence[egress.Owner]
+) -> None:
+    """What was opened of the host's loopback is reached at the host's address on the network."""
+    v4 = next((address for address in first if ":" not in address), None)
+    for owner in everyone if v4 else ():
+        inet.chains["prerouting"] += [
+            f'iifname "{bridge}" ip daddr {v4} {where} dnat ip to 127.0.0.1'
+            for where in egress.opened_host_ports(owner)
+        ]
 
 
 def _published(member: Member) -> Iterator[str]:
@@ -256,37 +213,57 @@ def _published(member: Member) -> Iterator[str]:
             if ipaddress.ip_address(port.address).is_unspecified:
                 where = "fib daddr type local "
             target = f"[{address}]:{port.guest}" if family == "ip6" else f"{address}:{port.guest}"
-            yield f"meta nfproto {'ipv6' if family == 'ip6' else 'ipv4'} {where}{port.transport} dport {port.host} dnat {family} to {target}"
+            version = f"meta nfproto ipv{'6' if family == 'ip6' else '4'}"
+            yield (f"{version} {where}{port.transport} dport {port.host} dnat {family} to {target}")
 
 
-def _own_addresses(table: str, members: Sequence[Member]) -> Iterator[str]:
-    """Holds each machine to its own addresses, and to being no router and no DHCP server."""
-    yield f"add table bridge {table}"
-    yield f"delete table bridge {table}"
-    yield f"table bridge {table} {{"
-    yield "chain own { type filter hook prerouting priority -300; policy accept;"
+def _own_addresses(table: str, members: Sequence[Member]) -> Table:
+    """Holds each machine to its own addresses, to being no router and no DHCP server."""
+    held = Table(family="bridge", name=table, counters=("spoofed",))
+    held.chain("refuse_spoofed", ["counter name spoofed", "drop"])
+    jumps, limits = [], []
     for number, member in enumerate(members):
-        if member.link:
-            yield f'iifname "{member.link}" jump machine_{number}'
-    yield "}"
-    for number, member in enumerate(members):
-        v4 = [ip for ip in member.addresses if ":" not in ip]
-        v6 = [ip for ip in member.addresses if ":" in ip]
-        yield f"chain machine_{number} {{"
-        yield f"ether saddr != {member.mac} drop"
-        yield "udp sport { 67, 547 } drop"
-        yield "icmpv6 type { nd-router-advert, nd-redirect } drop"
-        if v4:
-            yield f"arp saddr ip != {{ 0.0.0.0, {', '.join(v4)} }} drop"
-            yield f"ip saddr != {{ 0.0.0.0, {', '.join(v4)} }} drop"
-        if v6:
-            yield f"ip6 saddr != {{ ::, fe80::/10, {', '.join(v6)} }} drop"
-            # The target's address, by its place: older versions of nft have no name for it.
-            advert = "icmpv6 type nd-neighbor-advert"
-            for ip in v6:
-                yield f"{advert} @th,64,128 {int(ipaddress.IPv6Address(ip)):#x} accept"
-            # fe80::/10
-            yield f"{advert} @th,64,10 0x3fa accept"
-            yield f"{advert} drop"
-        yield "}"
-    yield "}"
+        if not member.link:
+            continue
+        rate = "limit rate over {} bytes/second burst {} bytes drop"
+        if member.send_bytes_per_s is not None:
+            burst = _burst(member.send_bytes_per_s)
+            jumps.append(f'iifname "{member.link}" {rate.format(member.send_bytes_per_s, burst)}')
+        if member.receive_bytes_per_s is not None:
+            burst = _burst(member.receive_bytes_per_s)
+            limit = rate.format(member.receive_bytes_per_s, burst)
+            limits.append(f'oifname "{member.link}" {limit}')
+        jumps.append(f'iifname "{member.link}" jump machine_{number}')
+        held.chain(f"machine_{number}", _claims(member))
+    held.chain("own", jumps, _FIRST)
+    if limits:
+        held.chain("limits", limits, "type filter hook postrouting priority 0; policy accept;")
+    return held
+
+
+def _burst(bytes_per_s: int) -> int:
+    """A tenth of a second's worth, and room for a few segments that are yet to be split."""
+    return max(bytes_per_s // 10, 256 << 10)
+
+
+def _claims(member: Member) -> Iterator[str]:
+    v4 = [ip for ip in member.addresses if ":" not in ip]
+    v6 = [ip for ip in member.addresses if ":" in ip]
+    no = "jump refuse_spoofed"
+    yield f"ether saddr != {member.mac} {no}"
+    # Neither tags of other networks nor protocols that nobody here looks at.
+    yield f"ether type != {{ ip, ip6, arp }} {no}"
+    yield f"udp sport {{ 67, 547 }} {no}"
+    yield f"icmpv6 type {{ nd-router-advert, nd-redirect }} {no}"
+    if v4:
+        yield f"arp saddr ip != {{ 0.0.0.0, {', '.join(v4)} }} {no}"
+        yield f"ip saddr != {{ 0.0.0.0, {', '.join(v4)} }} {no}"
+    if v6:
+        yield f"ip6 saddr != {{ ::, fe80::/10, {', '.join(v6)} }} {no}"
+        # The target's address, by its place: older versions of nft have no name for it.
+        advert = "icmpv6 type nd-neighbor-advert"
+        for ip in v6:
+            yield f"{advert} @th,64,128 {int(ipaddress.IPv6Address(ip)):#x} return"
+        # fe80::/10
+        yield f"{advert} @th,64,10 0x3fa return"
+        yield f"{advert} {no}"

@@ -9,13 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringfence.errors import ConfigError, HostError, UnsupportedError
-from ringfence.network import dnsmasq, firewall, gateway, links, manage, tap
+from ringfence.errors import HostError
+from ringfence.network import dnsmasq, firewall, gateway, lan, links, names, tap
 from ringfence.network.attachment import Attachment, NetnsPlan
+from ringfence.network.interfaces import interface_of
+from ringfence.network.options import Rate
 from ringfence.network.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import ExitStack
 
     from ringfence.guest.spec import InterfaceSpec
@@ -23,9 +25,8 @@ if TYPE_CHECKING:
     from ringfence.network.options import AttachOptions, Kind, PublishedPort
     from ringfence.network.store import Member, NetworkSpec
 
-__all__ = ["KernelMode", "bridge_of", "describe", "table_of"]
+__all__ = ["KernelMode", "bridge_of", "describe", "refusals", "routes_to", "table_of"]
 
-_DEVICE = "eth0"
 _SYSCTL = Path("/proc/sys/net")
 
 
@@ -36,7 +37,8 @@ def _identity(spec: NetworkSpec) -> tuple[str, ...]:
 
 def bridge_of(spec: NetworkSpec) -> str:
     """The host's bridge of a network."""
-    return spec.interface or links.link_name("rfb", *_identity(spec))
+    known = lan.master_of(spec.interface) if spec.interface else None
+    return known or links.link_name("rfb", *_identity(spec))
 
 
 def table_of(spec: NetworkSpec) -> str:
@@ -49,6 +51,31 @@ def describe(spec: NetworkSpec) -> dict[str, object]:
     found: dict[str, object] = {"bridge": bridge_of(spec), "table": table_of(spec)}
     with suppress(HostError):
         found["refused"] = firewall.counters(table_of(spec))
+    if spec.mode == "routed":
+        found["routes"] = routes_to(spec)
+    return found
+
+
+def refusals(spec: NetworkSpec) -> dict[str, object]:
+    """What was refused: counts by reason, and the last hour's, with the machines' names."""
+    members = [member for member, _ in Store().members(spec.name)]
+    owner = {ip: one.name or one.machine_id for one in members for ip in one.addresses}
+    recent = firewall.refusals(table_of(spec)) + names.refusals(Store().folder(spec.name))
+    for one in recent:
+        one["port"] = owner.get(str(one["address"]), one["address"])
+    recent.sort(key=lambda one: float(str(one["time"])))
+    counts: dict[str, int] = {}
+    with suppress(HostError):
+        counts = {name: n for name, n in firewall.counters(table_of(spec)).items() if n}
+    return {"counts": counts, "recent": recent}
+
+
+def routes_to(spec: NetworkSpec) -> list[str]:
+    """The commands by which other hosts learn the way to a network."""
+    found = []
+    for text in spec.subnets:
+        own = links.own_address(ipaddress.ip_network(text).version) or "THIS-HOST"
+        found.append(f"ip {'-6 ' if ':' in text else ''}route add {text} via {own}")
     return found
 
 
@@ -87,15 +114,14 @@ class KernelMode:
         self._name = name
         self._passage = passage
 
-    def check(self, spec: NetworkSpec) -> None:
+    def check(self, spec: NetworkSpec) -> None:  # noqa: ARG002 - other modes look at it
         """See :class:`ringfence.network.manage.Mode`.
 
         Raises:
-            UnsupportedError: It takes root, a program is missing, or a rule can't be held.
+            UnsupportedError: It takes root, or a program is missing.
         """
         links.require_rights(self._name)
         dnsmasq.program()
-        list(firewall.egress_rules(spec, []))
 
     def _first(self, spec: NetworkSpec) -> list[str]:
         return [str(ipaddress.ip_network(text)[1]) for text in spec.subnets]
@@ -110,9 +136,6 @@ class KernelMode:
     ) -> Attachment:
         """See :class:`ringfence.network.manage.Mode`."""
         self.check(spec)
-        if options.dns or options.hosts:
-            message = f"a network of the mode {self._name} has its own name server"
-            raise ConfigError(message, hint="write what differs into the guest's /etc/hosts")
         bridge = bridge_of(spec)
         nets = [ipaddress.ip_network(text) for text in spec.subnets]
         own = [f"{net[1]}/{net.prefixlen}" for net in nets]
@@ -120,11 +143,13 @@ class KernelMode:
         _set(_SYSCTL / "ipv4" / "conf" / bridge / "route_localnet", "1")
         if self._passage.outside or self._passage.inside:
             _forward_packets()
-        interface = manage.interface_of(spec, member, routed=self._passage.outside)
+        interface = interface_of(spec, member, routed=self._passage.outside, dns=options.dns)
         published = _reserve(options, stack)
         return plug(spec, member, kind, interface, (options, published), stack)
 
-    def settle(self, spec: NetworkSpec, members: Sequence[Member]) -> None:
+    def settle(
+        self, spec: NetworkSpec, members: Sequence[Member], known: Mapping[str, list[str]]
+    ) -> None:
         """Writes the rules and the names for those who are there."""
         if not members:
             return
@@ -132,11 +157,26 @@ class KernelMode:
         firewall.apply(table_of(spec), bridge, spec, self._passage, members)
         folder = Store().folder(spec.name)
         first = self._first(spec)
-        routed = self._passage.outside
-        dnsmasq.apply(folder, bridge, spec, first, members, routed=routed)
+        policies = (spec.policy, *(member.policy for member in members))
+        # What can't be reached needs no address, and a name server is a way out for data.
+        ruled = any(one.about_names or one.refuses_by_default for one in policies)
+        serving = dnsmasq.Serving(
+            folder=folder,
+            bridge=bridge,
+            first=first,
+            routed=self._passage.outside,
+            names=not ruled,
+            known=known,
+        )
+        if not ruled:
+            names.stop(folder)
+        dnsmasq.apply(serving, spec, members)
+        if ruled:
+            names.apply(serving, table_of(spec), spec, members)
 
     def down(self, spec: NetworkSpec) -> None:
         """Takes the bridge, the rules and the name server away."""
+        names.stop(Store().folder(spec.name))
         dnsmasq.stop(Store().folder(spec.name))
         firewall.delete(table_of(spec))
         links.remove(bridge_of(spec))
@@ -162,23 +202,31 @@ def plug(
     """Puts a machine's link on the network's bridge."""
     options, published = asked
     link = links.link_name("rft", *_identity(spec), member.machine_id)
-    whole = dataclasses.replace(member, link=link, publish=tuple(str(port) for port in published))
+    rate = options.rate if kind == "container" else Rate()
+    whole = dataclasses.replace(
+        member,
+        link=link,
+        publish=tuple(str(port) for port in published),
+        send_bytes_per_s=rate.send_bytes_per_s,
+        receive_bytes_per_s=rate.receive_bytes_per_s,
+    )
     Store().rewrite(spec.name, whole)
-    limit = options.rate.send_bytes_per_s
-    if kind == "container" and limit is not None:
-        message = f"a container's bandwidth isn't bounded in the mode {spec.mode}"
-        raise UnsupportedError(message, hint="use --network user or isolated")
     if kind == "container":
         stack.callback(links.remove, link)
         return _VethAttachment(spec, link, interface, options, published)
-    tun = links.add_tap(link, bridge_of(spec), spec.mtu)
-    stack.callback(os.close, tun)
-    device = {"type": "net", "tap_fds": [tun], "mac": member.mac, "lock_mac": True}
-    if limit is not None:
-        device["rate"] = {"bytes_per_s": limit}
+    tuns = links.add_tap(link, bridge_of(spec), spec.mtu, options.queues)
+    for tun in tuns:
+        stack.callback(os.close, tun)
+    device: dict[str, object] = {
+        "type": "net", "tap_fds": tuns, "mac": member.mac, "lock_mac": True
+    }  # fmt: skip
+    if options.rate.send_bytes_per_s is not None:
+        device["rate"] = {"bytes_per_s": options.rate.send_bytes_per_s}
     if spec.mtu != 1500:
         device["mtu"] = spec.mtu
-    return Attachment(interface=interface, device=device, fds=[tun], hosts={}, published=published)
+    return Attachment(
+        interface=interface, device=device, fds=tuns, hosts=options.hosts, published=published
+    )
 
 
 class _VethAttachment(Attachment):
@@ -193,7 +241,7 @@ class _VethAttachment(Attachment):
         published: list[PublishedPort],
     ) -> None:
         super().__init__(interface=interface, device={}, hosts=options.hosts, published=published)
-        self._plan = NetnsPlan(device=_DEVICE, how="veth")
+        self._plan = NetnsPlan(device=options.device, how="veth")
         self._spec = spec
         self._link = link
 
@@ -204,5 +252,6 @@ class _VethAttachment(Attachment):
             HostError: The host refuses.
         """
         spec = self._spec
-        links.add_veth(self._link, _DEVICE, bridge_of(spec), spec.mtu, pid)
-        tap.set_up(pid, _DEVICE, self.interface)
+        device = self._plan.device if self._plan else ""
+        links.add_veth(self._link, device, bridge_of(spec), spec.mtu, pid)
+        tap.set_up(pid, device, self.interface)

@@ -10,20 +10,33 @@ import fcntl
 import hashlib
 import ipaddress
 import os
+import socket
 import struct
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ringfence.errors import HostError, NotFoundError, UnsupportedError
+from ringfence.network.addresses import check_free
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["add_tap", "add_veth", "ensure_bridge", "has_rights", "is_bridge", "link_name", "remove"]
+__all__ = [
+    "add_tap",
+    "add_veth",
+    "ensure_bridge",
+    "has_rights",
+    "is_bridge",
+    "link_name",
+    "own_address",
+    "remove",
+    "require_rights",
+    "statistics",
+]
 
 _TUNSETIFF = 0x400454CA
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x4000, 0x0100
 _CAP_NET_ADMIN = 12
 
 
@@ -101,10 +114,13 @@ def ensure_bridge(name: str, addresses: Sequence[str], mtu: int) -> None:
 
     Raises:
         HostError: The kernel refuses.
+        ConflictError: The host has got a route to a part of it meanwhile.
     """
     with _route(f"make the bridge {name}") as route:
         if _index(route, name) is not None:
             return
+        for text in addresses:
+            check_free(ipaddress.ip_interface(text).network)
         route.link("add", ifname=name, kind="bridge", mtu=mtu)
         index = _index(route, name)
         try:
@@ -133,28 +149,35 @@ def is_bridge(name: str) -> bool:
     return (path / "bridge").is_dir()
 
 
-def add_tap(name: str, bridge: str, mtu: int) -> int:
-    """A TAP device on a bridge, up; it goes when its descriptor is closed.
+def add_tap(name: str, bridge: str, mtu: int, queues: int = 1) -> list[int]:
+    """A TAP device on a bridge, up; it goes when its descriptors are closed, one for each queue.
 
     Raises:
         HostError: The kernel refuses.
     """
+    tuns: list[int] = []
     try:
-        tun = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        message = f"cannot open /dev/net/tun: {error.strerror}"
-        raise HostError(message, hint="modprobe tun", errno=error.errno) from error
-    try:
-        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-        fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
+        for _ in range(queues):
+            tuns.append(_open_tun())
+            fcntl.ioctl(tuns[-1], _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
         _enslave(name, bridge, mtu)
     except OSError as error:
-        os.close(tun)
+        for tun in tuns:
+            os.close(tun)
         if isinstance(error, HostError):
             raise
         message = f"cannot make the TAP device {name}: {error.strerror}"
         raise HostError(message, errno=error.errno) from error
-    return tun
+    return tuns
+
+
+def _open_tun() -> int:
+    try:
+        return os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        message = f"cannot open /dev/net/tun: {error.strerror}"
+        raise HostError(message, hint="modprobe tun", errno=error.errno) from error
 
 
 def _enslave(name: str, bridge: str, mtu: int) -> None:
@@ -179,6 +202,29 @@ def add_veth(name: str, peer: str, bridge: str, mtu: int, pid: int) -> None:
         ends: dict[str, object] = {"ifname": peer, "mtu": mtu, "net_ns_fd": f"/proc/{pid}/ns/net"}
         route.link("add", ifname=name, kind="veth", mtu=mtu, peer=ends)
     _enslave(name, bridge, mtu)
+
+
+def own_address(version: int) -> str | None:
+    """This host's address towards outside, as its routes choose it."""
+    family, far = (
+        (socket.AF_INET, "192.0.2.1") if version == 4 else (socket.AF_INET6, "2001:db8::1")
+    )
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        # Nothing is sent: connecting a datagram socket asks for a route alone.
+        probe.connect((far, 9))
+        return str(probe.getsockname()[0])
+    return None
+
+
+def statistics(name: str) -> dict[str, int]:
+    """What passed a machine's link, from the machine's point of view; nothing when it is gone."""
+    folder = Path("/sys/class/net") / name / "statistics"
+    found = {}
+    for ours, theirs in (("sent", "rx"), ("received", "tx")):
+        for kernel, word in (("bytes", "bytes"), ("packets", "frames"), ("dropped", "dropped")):
+            with suppress(OSError, ValueError):
+                found[f"{ours}_{word}"] = int((folder / f"{theirs}_{kernel}").read_text())
+    return found
 
 
 def remove(name: str) -> None:

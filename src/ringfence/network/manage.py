@@ -10,9 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ringfence.errors import ConfigError, ConflictError, RingfenceError
-from ringfence.guest.spec import InterfaceSpec
-from ringfence.network import addresses
-from ringfence.network.policy import Policy
+from ringfence.network import addresses, leases
 from ringfence.network.store import MODES, Member, NetworkSpec, Store
 
 if TYPE_CHECKING:
@@ -20,8 +18,9 @@ if TYPE_CHECKING:
 
     from ringfence.network.attachment import Attachment
     from ringfence.network.options import AttachOptions, Kind
+    from ringfence.network.policy import Policy
 
-__all__ = ["attach", "create", "heal", "remove"]
+__all__ = ["attach", "create", "heal", "remove", "set_machine_policy", "set_policy"]
 
 _MODULES = {
     "user": "ringfence.network.shared",
@@ -35,6 +34,9 @@ _MODULES = {
 
 # Through memory nothing has to be split; the host's links are Ethernet.
 _MTU = {"user": 65520, "isolated": 65520}
+
+
+Names = dict[str, list[str]]
 
 
 class Mode(Protocol):
@@ -53,8 +55,8 @@ class Mode(Protocol):
     ) -> Attachment:
         """Brings the network up if need be, and a machine onto it."""
 
-    def settle(self, spec: NetworkSpec, members: Sequence[Member]) -> None:
-        """Tells the network which machines are on it now; takes away what others left."""
+    def settle(self, spec: NetworkSpec, members: Sequence[Member], names: Names) -> None:
+        """Tells the network which machines are on it now, and the names that it answers."""
 
     def down(self, spec: NetworkSpec) -> None:
         """Takes away all that the network put on the host; may be called again."""
@@ -91,11 +93,12 @@ def complete(spec: NetworkSpec, store: Store) -> NetworkSpec:
     if (spec.mode == "bridge") != bool(spec.interface):
         message = "the mode bridge, and no other, is on an interface of the host"
         raise ConfigError(message, hint="--mode bridge --interface IF")
-    Policy(allow=spec.allow, deny=spec.deny)
+    # Rules that can't be understood are refused here.
+    _ = spec.policy
     if spec.mode == "bridge":
-        if spec.subnets:
+        if spec.subnets or spec.leases:
             message = "a network of the mode bridge has the LAN's addresses, not its own"
-            raise ConfigError(message)
+            raise ConfigError(message, hint="a machine may ask for one: --ip ADDRESS/PREFIX")
         return spec
     taken = _taken(store)
     given = [addresses.parse_subnet(text, taken) for text in spec.subnets]
@@ -103,10 +106,13 @@ def complete(spec: NetworkSpec, store: Store) -> NetworkSpec:
         message = "a network has at most one IPv4 and one IPv6 subnet"
         raise ConfigError(message)
     if not any(net.version == 4 for net in given):
-        given.append(addresses.choose_v4(spec.name, [net for _, net in taken]))
+        # Other users choose without knowing of ours.
+        own = f"{os.geteuid()} {store.path} {spec.name}"
+        given.append(addresses.choose_v4(own, [net for _, net in taken]))
     if not any(net.version == 6 for net in given):
         given.append(addresses.choose_v6(f"{os.geteuid()} {store.path} {spec.name}"))
     given.sort(key=lambda net: net.version)
+    leases.check(spec, given)
     return dataclasses.replace(spec, subnets=tuple(str(net) for net in given))
 
 
@@ -151,25 +157,103 @@ def heal() -> None:
     if not store.names():
         return
     with store.locked():
+        _heal_all(store)
+
+
+def _heal_all(store: Store) -> None:
+    for name in store.names():
+        spec = store.get(name)
+        if spec is not None:
+            with suppress(RingfenceError):
+                _heal_one(store, spec)
+
+
+def set_policy(name: str, policy: Policy) -> None:
+    """Changes the egress rules of a network, at once and for its machines to come.
+
+    Raises:
+        NotFoundError: There is none of that name.
+        UnsupportedError: The mode can't hold a rule.
+    """
+    store = Store()
+    with store.locked():
+        spec = store.find(name)
+        fresh = dataclasses.replace(spec, **policy.written())  # type: ignore[arg-type]
+        mode = mode_of(fresh)
+        mode.check(fresh)
+        store.write(fresh)
+        mode.settle(fresh, _living(store, name), _names(store, name))
+
+
+def set_machine_policy(machine_id: str, policy: Policy) -> list[str]:
+    """Changes the egress rules of a machine on all networks that it shares with others.
+
+    Returns:
+        Those networks.
+
+    Raises:
+        UnsupportedError: A network's mode can't hold a rule.
+    """
+    store = Store()
+    changed = []
+    with store.locked():
         for name in store.names():
-            spec = store.get(name)
-            if spec is not None:
-                with suppress(RingfenceError):
-                    _heal_one(store, spec)
+            spec = store.find(name)
+            for member in _living(store, name):
+                if member.machine_id == machine_id:
+                    fresh = dataclasses.replace(member, **policy.written())  # type: ignore[arg-type]
+                    store.rewrite(name, fresh)
+                    mode_of(spec).settle(spec, _living(store, name), _names(store, name))
+                    changed.append(name)
+    return changed
 
 
 def _heal_one(store: Store, spec: NetworkSpec) -> None:
     dead = [member for member, lives in store.members(spec.name) if not lives]
     for member in dead:
         store.leave(spec.name, member.machine_id)
-    if dead:
+    # One that a mode's name made has a machine, unless its maker was killed before.
+    if dead or (spec.implicit and not store.members(spec.name)):
         _settle(store, spec)
 
 
+def _living(store: Store, network: str) -> list[Member]:
+    return [member for member, lives in store.members(network) if lives]
+
+
+def _names(store: Store, network: str) -> Names:
+    """The names that a network answers: its machines', and those of networks that they are on too.
+
+    A machine asks one network's server alone, so that one knows what the machine's others do.
+    """
+    own = _living(store, network)
+    found = {member.name: list(member.addresses) for member in own if member.name}
+    machines = {member.machine_id for member in own}
+    for name in store.names():
+        others = _living(store, name) if name != network else []
+        if machines & {member.machine_id for member in others}:
+            for member in others:
+                if member.name:
+                    found.setdefault(member.name, list(member.addresses))
+    return found
+
+
+def _tell_neighbours(store: Store, network: str, living: Sequence[Member]) -> None:
+    """Tells networks that share machines with one whose machines changed."""
+    machines = {member.machine_id for member in living}
+    for name in store.names():
+        others = _living(store, name) if name != network else []
+        spec = store.get(name)
+        if spec is not None and machines & {member.machine_id for member in others}:
+            with suppress(RingfenceError):
+                mode_of(spec).settle(spec, others, _names(store, name))
+
+
 def _settle(store: Store, spec: NetworkSpec) -> None:
-    living = [member for member, lives in store.members(spec.name) if lives]
+    living = _living(store, spec.name)
     mode = mode_of(spec)
-    mode.settle(spec, living)
+    mode.settle(spec, living, _names(store, spec.name))
+    _tell_neighbours(store, spec.name, living)
     if not living:
         mode.down(spec)
         if spec.implicit:
@@ -203,25 +287,21 @@ def _implicit(store: Store, network: str) -> NetworkSpec:
 
 
 def _member(store: Store, spec: NetworkSpec, machine_id: str, options: AttachOptions) -> Member:
-    others = [member for member, _ in store.members(spec.name)]
+    others = [member for member, _ in store.members(spec.name) if member.machine_id != machine_id]
     if any(options.name and member.name == options.name for member in others):
         message = f"a machine called {options.name} is on the network {spec.name} already"
-        raise ConflictError(message)
-    used = [address for member in others for address in member.addresses]
-    nets = [ipaddress.ip_network(text) for text in spec.subnets]
-    own = [addresses.free_address(net, [*used, str(net[1])], options.addresses) for net in nets]
+        raise ConflictError(message, hint="give it another: --name NAME")
     mac = options.mac or addresses.derive_mac(machine_id, spec.name)
     if any(member.mac == mac for member in others):
         message = f"a machine with the Ethernet address {mac} is on the network {spec.name} already"
-        raise ConflictError(message)
+        raise ConflictError(message, hint="choose another, or leave it out to have one chosen")
     return Member(
         machine_id=machine_id,
         name=options.name,
         mac=mac,
-        addresses=tuple(own),
+        addresses=leases.choose(spec, others, options) if spec.subnets else (),
         publish=tuple(str(port) for port in options.publish),
-        allow=tuple(options.policy.allow),
-        deny=tuple(options.policy.deny),
+        **options.policy.written(),  # type: ignore[arg-type]
     )
 
 
@@ -236,17 +316,28 @@ def attach(network: str, machine_id: str, kind: Kind, options: AttachOptions) ->
         # Nothing is made for a name that doesn't exist.
         store.find(network)
     with store.locked():
+        _heal_all(store)
         spec = _implicit(store, network)
-        _heal_one(store, spec)
         with ExitStack() as stack:
+            stack.callback(_forget_unused, store, spec.name)
             member = _member(store, spec, machine_id, options)
             fd = store.join(spec.name, member)
             stack.callback(_left, store, spec.name, machine_id, fd)
             attachment = mode_of(spec).join(spec, member, kind, options, stack)
-            living = [one for one, lives in store.members(spec.name) if lives]
-            mode_of(spec).settle(spec, living)
+            living = _living(store, spec.name)
+            mode_of(spec).settle(spec, living, _names(store, spec.name))
+            _tell_neighbours(store, spec.name, living)
             attachment.own(_Leaving(stack.pop_all(), store))
     return attachment
+
+
+def _forget_unused(store: Store, name: str) -> None:
+    """A network that a mode's name made goes with its last machine, or with the one that failed."""
+    spec = store.get(name)
+    if spec is not None and spec.implicit and not store.members(name):
+        with suppress(RingfenceError):
+            mode_of(spec).down(spec)
+        store.remove(name)
 
 
 class _Leaving(ExitStack):
@@ -272,27 +363,3 @@ def _left(store: Store, network: str, machine_id: str, fd: int) -> None:
     if spec is not None:
         with suppress(RingfenceError):
             _settle(store, spec)
-
-
-def interface_of(
-    spec: NetworkSpec, member: Member, *, routed: bool, dns: Sequence[str] | None = None
-) -> InterfaceSpec:
-    """What a guest is told of its end.
-
-    Args:
-        spec: The network.
-        member: The machine.
-        routed: Whether there is a way outside, through the first address of each subnet.
-        dns: Name servers; the first address of the IPv4 subnet when None.
-    """
-    nets = [ipaddress.ip_network(text) for text in spec.subnets]
-    first = [str(net[1]) for net in nets]
-    return InterfaceSpec(
-        mac=member.mac,
-        addresses=tuple(
-            f"{own}/{net.prefixlen}" for own, net in zip(member.addresses, nets, strict=True)
-        ),
-        gateways=tuple(first) if routed else (),
-        dns=tuple(first[:1] if dns is None else dns),
-        mtu=spec.mtu,
-    )

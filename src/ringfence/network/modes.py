@@ -16,5 +16,9 @@ __all__ = ["attach"]
 def attach(network: str, machine_id: str, kind: Kind, options: AttachOptions) -> Attachment:
     """See :func:`ringfence.network.attach`."""
     if network == "user":
-        return user.attach(machine_id, kind, options)
-    return manage.attach(network, machine_id, kind, options)
+        attachment = user.attach(machine_id, kind, options)
+    else:
+        attachment = manage.attach(network, machine_id, kind, options)
+    if not options.leads_outside:
+        attachment.keep_from_outside()
+    return attachment

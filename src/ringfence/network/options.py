@@ -14,7 +14,7 @@ from ringfence.network.policy import Policy
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["AttachOptions", "Kind", "PublishedPort", "Rate"]
+__all__ = ["AttachOptions", "Kind", "LinkSpec", "PublishedPort", "Rate"]
 
 Kind = Literal["vm", "container"]
 
@@ -74,6 +74,44 @@ class PublishedPort:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSpec:
+    """One of a machine's interfaces: the network that it is on, and who it is there.
+
+    Args:
+        network: A mode, or the name of a network.
+        mac: Its Ethernet address; made from the machine's ID when empty.
+        addresses: Addresses that it wants; with a prefix (``10.0.0.5/24``) on a LAN.
+    """
+
+    network: str
+    mac: str = ""
+    addresses: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """As it is written: ``NETWORK[,ip=ADDRESS][,mac=MAC]``.
+
+        Raises:
+            ConfigError: It isn't of that form.
+        """
+        network, *rest = text.split(",")
+        mac, addresses = "", []
+        for word in rest:
+            key, _, value = word.partition("=")
+            if key == "ip" and value:
+                addresses.append(value)
+            elif key == "mac" and value:
+                mac = value.lower()
+            else:
+                message = f"{word!r} in {text!r} says nothing of an interface"
+                raise ConfigError(message, hint="write NETWORK[,ip=ADDRESS][,mac=MAC]")
+        if not network:
+            message = f"{text!r} names no network"
+            raise ConfigError(message, hint="write NETWORK[,ip=ADDRESS][,mac=MAC]")
+        return cls(network=network, mac=mac, addresses=tuple(addresses))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
     """How fast a machine may send and receive; None is as fast as it goes.
 
@@ -105,8 +143,12 @@ class AttachOptions:
         hosts: Names to addresses, answered by the network.
         hostname: The machine's name for itself.
         mac: Its Ethernet address; made from its ID when empty.
-        addresses: Addresses that it wants of the network's; any free ones when empty.
+        addresses: Addresses that it wants of the network's; any free ones when empty. On a LAN
+            each has its prefix.
         rate: How fast it may be.
+        device: A container's name for the interface.
+        queues: Pairs of queues that a VM's card may have.
+        leads_outside: The interface's gateways are the machine's; one interface's should be.
 
     Raises:
         ConfigError: A value is outside of what is possible.
@@ -121,12 +163,17 @@ class AttachOptions:
     mac: str = ""
     addresses: tuple[str, ...] = ()
     rate: Rate = field(default_factory=Rate)
+    device: str = "eth0"
+    queues: int = 1
+    leads_outside: bool = True
 
     def __post_init__(self) -> None:
         """Checks what can be checked without the network."""
         for text in (*self.dns, *self.hosts.values(), *self.addresses):
             try:
-                ipaddress.ip_address(text)
+                ipaddress.ip_interface(text) if text in self.addresses else ipaddress.ip_address(
+                    text
+                )
             except ValueError as error:
                 message = f"{text!r} is not an IP address"
                 raise ConfigError(message) from error

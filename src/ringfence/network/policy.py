@@ -185,6 +185,29 @@ class Policy:
         opening = [rule for rule in self.rules if rule.action == "allow" and not _opens(rule)]
         return bool(opening)
 
+    @property
+    def says_something(self) -> bool:
+        """Whether it differs from letting everything through."""
+        return bool(self.rules) or self.default is not None
+
+    @property
+    def about_names(self) -> bool:
+        """Whether a rule is about a domain."""
+        return any(rule.domain for rule in self.rules)
+
+    def written(self) -> dict[str, object]:
+        """Its parts as they were given, for a record."""
+
+        def texts(given: tuple[str, ...] | list[str] | str) -> tuple[str, ...]:
+            return (given,) if isinstance(given, str) else tuple(given)
+
+        return {
+            "allow": texts(self.allow),
+            "deny": texts(self.deny),
+            "default": self.default,
+            "resolve_all": self.resolve_all,
+        }
+
     def document(self) -> dict[str, object]:
         """As the gateway reads it."""
         return {

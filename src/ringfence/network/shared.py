@@ -7,11 +7,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ringfence.errors import ConfigError, StateError
-from ringfence.network import addresses, gateway, manage, user
-from ringfence.network.policy import Policy
+from ringfence.network import addresses, dnsmasq, gateway, user
+from ringfence.network.interfaces import interface_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import ExitStack
 
     from ringfence.network.attachment import Attachment
@@ -37,7 +37,7 @@ def _document(spec: NetworkSpec) -> dict[str, object]:
         "mtu": spec.mtu,
         "uplink": _UPLINK[spec.mode],
         "nameservers": addresses.host_nameservers(),
-        "policy": Policy(allow=spec.allow, deny=spec.deny).document(),
+        "policy": spec.policy.document(),
         "exit_when_empty": True,
     }
     for net in nets:
@@ -60,24 +60,17 @@ def _running(spec: NetworkSpec) -> Gateway:
 def join(
     spec: NetworkSpec, member: Member, kind: Kind, options: AttachOptions, stack: ExitStack
 ) -> Attachment:
-    """See :class:`ringfence.network.manage.Mode`.
-
-    Raises:
-        ConfigError: The machine asks for what a shared gateway doesn't do for one alone.
-    """
-    if options.policy.rules or options.dns:
-        message = f"the network {spec.name} has rules and name servers for all its machines alike"
-        hint = "give them to ringfence network create, or run the machine with --network user"
-        raise ConfigError(message, hint=hint)
+    """See :class:`ringfence.network.manage.Mode`."""
     port: dict[str, object] = {
         "name": member.machine_id,
         "mac": member.mac,
         "addresses": list(member.addresses),
         "hostname": options.hostname,
         "rate": options.rate.document(),
+        "policy": options.policy.document() if options.policy.says_something else None,
     }
     routed = _UPLINK[spec.mode]
-    interface = manage.interface_of(spec, member, routed=routed)
+    interface = interface_of(spec, member, routed=routed, dns=options.dns)
     running = _running(spec)
     stack.callback(running.close)
     stack.callback(_remove_port, running, member.machine_id)
@@ -90,11 +83,18 @@ def _remove_port(running: Gateway, name: str) -> None:
         running.call("remove_port", {"name": name})
 
 
-def settle(spec: NetworkSpec, members: Sequence[Member]) -> None:
+def settle(spec: NetworkSpec, members: Sequence[Member], names: Mapping[str, list[str]]) -> None:
     """Tells the gateway the names of those who are there, and takes others' links away."""
-    names = {member.name: list(member.addresses) for member in members if member.name}
+    own = [str(ipaddress.ip_network(text)[1]) for text in spec.subnets]
     with suppress(StateError), gateway.connect(user.control_path(spec.name)) as running:
-        running.call("set_names", names)
+        running.call("set_names", {**names, dnsmasq.HOST_NAME: own})
+        running.call("set_policy", spec.policy.document())
+        for member in members:
+            policy = member.policy
+            document = policy.document() if policy.says_something else None
+            # A container's link comes when its namespace is there.
+            with suppress(ConfigError):
+                running.call("set_port_policy", {"name": member.machine_id, "policy": document})
 
 
 def down(spec: NetworkSpec) -> None:

@@ -7,6 +7,7 @@ seen by whoever looks next, and what it left is taken away.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -19,10 +20,13 @@ from typing import TYPE_CHECKING
 
 from ringfence import _paths
 from ringfence.errors import ConfigError, ConflictError, NotFoundError
+from ringfence.network.policy import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from ringfence.network.policy import Action
 
 __all__ = ["MODES", "Member", "NetworkSpec", "Store"]
 
@@ -43,6 +47,9 @@ class NetworkSpec:
         interface: The host's, in the mode ``bridge``.
         allow: Egress rules of all its machines.
         deny: Likewise.
+        default: What becomes of what no rule is about; see :class:`Policy`.
+        resolve_all: Names are resolved even if no rule allows them.
+        leases: Addresses kept for machines, ``NAME=ADDRESS``.
         created_s: Since the epoch.
         implicit: It was made by a machine that named a mode, and goes with its last one.
     """
@@ -54,8 +61,18 @@ class NetworkSpec:
     interface: str = ""
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
+    default: Action | None = None
+    resolve_all: bool = False
+    leases: tuple[str, ...] = ()
     created_s: float = 0.0
     implicit: bool = False
+
+    @property
+    def policy(self) -> Policy:
+        """The egress rules of all its machines."""
+        return Policy(
+            allow=self.allow, deny=self.deny, default=self.default, resolve_all=self.resolve_all
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +88,10 @@ class Member:
         publish: Published ports, as they are written.
         allow: Egress rules of its own.
         deny: Likewise.
+        default: What becomes of what no rule is about; see :class:`Policy`.
+        resolve_all: Names are resolved even if no rule allows them.
+        send_bytes_per_s: How fast the host's kernel lets it send; as fast as it goes when None.
+        receive_bytes_per_s: Likewise.
     """
 
     machine_id: str
@@ -81,6 +102,17 @@ class Member:
     publish: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
+    default: Action | None = None
+    resolve_all: bool = False
+    send_bytes_per_s: int | None = None
+    receive_bytes_per_s: int | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """Its own egress rules."""
+        return Policy(
+            allow=self.allow, deny=self.deny, default=self.default, resolve_all=self.resolve_all
+        )
 
 
 def _tuples(found: dict[str, object]) -> dict[str, object]:
@@ -153,9 +185,13 @@ class Store:
         if self.get(spec.name) is not None:
             message = f"there is a network {spec.name} already"
             raise ConflictError(message, hint=f"ringfence network rm {spec.name}")
+        self.write(dataclasses.replace(spec, created_s=spec.created_s or time.time()))
+
+    def write(self, spec: NetworkSpec) -> None:
+        """Writes what is known of a network, whole."""
         folder = self.folder(spec.name)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fields = asdict(spec) | {"created_s": spec.created_s or time.time()}
+        fields = asdict(spec)
         fresh = folder / ".network.json"
         fresh.write_text(json.dumps(fields, indent=1) + "\n")
         fresh.rename(folder / "network.json")

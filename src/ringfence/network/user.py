@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ringfence import _paths
 from ringfence.errors import ConfigError
 from ringfence.guest.spec import InterfaceSpec
-from ringfence.network import addresses, gateway, tap
+from ringfence.network import addresses, dnsmasq, gateway, tap
 from ringfence.network.attachment import Attachment, NetnsPlan
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ _FAVOURITES = ("10.0.2.0/24", "10.0.3.0/24", "192.168.127.0/24")
 _V6 = "fd52:1f:2::/64"
 _GATEWAY_MAC = "52:00:00:00:00:02"
 _GATEWAY_HOST, _GUEST_HOST = 2, 15
-_DEVICE = "eth0"
 
 
 def control_path(name: str) -> Path:
@@ -111,7 +110,7 @@ def _end(running: Gateway, path: Path) -> None:
 
 
 def _names(options: AttachOptions, own: list[str], gateways: list[str]) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = {"host.ringfence.internal": gateways}
+    names: dict[str, list[str]] = {dnsmasq.HOST_NAME: gateways}
     if options.name:
         names[options.name] = own
     for name, address in options.hosts.items():
@@ -187,7 +186,7 @@ class _TapAttachment(Attachment):
         options: AttachOptions,
     ) -> None:
         super().__init__(interface=interface, device={}, hosts=options.hosts)
-        self._plan = NetnsPlan(device=_DEVICE, how="tap")
+        self._plan = NetnsPlan(device=options.device, how="tap")
         self._running = running
         self._port = port
         self._options = options
@@ -198,7 +197,7 @@ class _TapAttachment(Attachment):
         Raises:
             HostError: The host refuses.
         """
-        with tap.in_namespace(pid, _DEVICE, self.interface) as device:
+        with tap.in_namespace(pid, self._options.device, self.interface) as device:
             self._running.call(
                 "add_port", {**self._port, "fd": 0, "link": "tap"}, [device.fileno()]
             )

@@ -159,7 +159,18 @@ def test_wrong_wishes_are_refused_and_leave_nothing(home: Path) -> None:  # noqa
     assert Store().names() == ["a"]
 
 
-def test_one_machine_cannot_have_its_own_rules_on_a_shared_gateway(make_guest: MakeGuest) -> None:
-    with pytest.raises(ConfigError, match="alike"):
-        make_guest("isolated", policy=Policy(deny="any"), dns=())
-    assert Store().names() == []
+def test_one_machine_has_rules_of_its_own_beside_the_networks(
+    make_guest: MakeGuest, peer: Peer
+) -> None:
+    manage.create(NetworkSpec(name="both", mode="user", deny=(f"{peer.v4}:9",)))
+    one = make_guest("both", policy=Policy(allow=[f"{peer.v4}:7,9"]))
+    two = make_guest("both")
+    assert ask(one, peer.v4, 7) == ask(two, peer.v4, 7) == "hello"
+    assert ask(one, peer.v4, 9) == ask(two, peer.v4, 9) == "ConnectionRefusedError"
+    assert ask(one, peer.v6, 7) == "ConnectionRefusedError"
+    assert ask(two, peer.v6, 7) == "hello"
+    assert manage.set_machine_policy(one.id, Policy()) == ["both"]
+    assert ask(one, peer.v6, 7) == "hello"
+    manage.set_policy("both", Policy(default="deny"))
+    assert ask(two, peer.v6, 7) == "ConnectionRefusedError"
+    assert Store().find("both").default == "deny"

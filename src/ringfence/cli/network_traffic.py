@@ -1,0 +1,212 @@
+"""What passes through networks: rules, refusals, captures."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from ringfence.cli import output
+from ringfence.errors import ConfigError, NotFoundError, StateError
+from ringfence.machine import state
+from ringfence.network import Policy, gateway, manage
+from ringfence.network.store import Store
+from ringfence.network.user import control_path
+
+if TYPE_CHECKING:
+    import argparse
+    from typing import BinaryIO
+
+    from ringfence.network.gateway import Gateway
+    from ringfence.network.store import Member, NetworkSpec
+
+__all__ = ["change_policy", "kernel_network", "reach_gateway", "show_refusals", "write_capture"]
+
+_USER_SPACE = ("user", "isolated")
+
+
+def reach_gateway(name: str) -> Gateway:
+    """The gateway of a network, or of a machine that has one of its own.
+
+    Raises:
+        NotFoundError: There is neither a network nor a machine of that name.
+        StateError: It doesn't run.
+    """
+    spec = Store().get(name)
+    key = name if spec is not None else state.find(name).record.id
+    try:
+        return gateway.connect(control_path(key))
+    except StateError as error:
+        message = f"no gateway runs for {name}"
+        hint = "a network has one while machines are on it, a machine with --network user"
+        raise StateError(message, hint=hint) from error
+
+
+def kernel_network(name: str) -> NetworkSpec | None:
+    """The network of that name, if the host's kernel serves it."""
+    spec = Store().get(name)
+    return spec if spec is not None and spec.mode not in _USER_SPACE else None
+
+
+def _memberships(machine_id: str) -> list[tuple[NetworkSpec, Member]]:
+    store = Store()
+    return [
+        (spec, member)
+        for name in store.names()
+        if (spec := store.get(name)) is not None
+        for member, lives in store.members(name)
+        if lives and member.machine_id == machine_id
+    ]
+
+
+def change_policy(args: argparse.Namespace) -> int:
+    """Changes who a network or a machine reaches; says who, when nothing is to be changed."""
+    policy = Policy(allow=tuple(args.allow), deny=tuple(args.deny), default=args.default)
+    if args.clear and policy.says_something:
+        message = "rules can't be given and cleared at once"
+        raise ConfigError(message)
+    spec = Store().get(args.name)
+    if not args.clear and not policy.says_something:
+        return _show_policy(args.name)
+    if spec is not None:
+        manage.set_policy(args.name, policy)
+        return 0
+    record = state.find(args.name).record
+    changed = manage.set_machine_policy(record.id, policy)
+    try:
+        with gateway.connect(control_path(record.id)) as running:
+            running.call("set_policy", policy.document())
+    except StateError:
+        if not changed:
+            message = f"the machine {args.name} is on no network"
+            raise StateError(message) from None
+    return 0
+
+
+def _show_policy(name: str) -> int:
+    spec = Store().get(name)
+    found: list[tuple[str, Policy]] = []
+    if spec is not None:
+        found.append((spec.name, spec.policy))
+        found += [(one.name, one.policy) for one, lives in Store().members(name) if lives]
+    else:
+        record = state.find(name).record
+        found += [(one.name, member.policy) for one, member in _memberships(record.id)]
+        if "user" in record.network.split(", "):
+            with reach_gateway(name) as running:
+                output.print_json(running.status().get("policy"))
+    rows = [(whose, str(rule)) for whose, policy in found for rule in policy.rules] + [
+        (whose, "default deny" if policy.refuses_by_default else "default allow")
+        for whose, policy in found
+    ]
+    if rows:
+        output.print_table(("WHOSE", "RULE"), sorted(rows))
+    return 0
+
+
+def _refusals(name: str) -> dict[str, object]:
+    spec = kernel_network(name)
+    if spec is None and Store().get(name) is None:
+        record = state.find(name).record
+        shared = _memberships(record.id)
+        if shared and "user" not in record.network.split(", "):
+            return _refusals_of_member(shared)
+    if spec is None:
+        with reach_gateway(name) as running:
+            return dict(running.refusals())
+    from ringfence.network import kernel  # noqa: PLC0415 - for these modes alone
+
+    return kernel.refusals(spec)
+
+
+def _refusals_of_member(shared: list[tuple[NetworkSpec, Member]]) -> dict[str, object]:
+    recent: list[dict[str, object]] = []
+    for spec, member in shared:
+        whole = cast("list[dict[str, object]]", _refusals(spec.name)["recent"])
+        recent += [one for one in whole if one["port"] in (member.name, member.machine_id)]
+    return {"recent": recent}
+
+
+def show_refusals(args: argparse.Namespace) -> int:
+    """Shows what was refused, and why."""
+    found = _refusals(args.name)
+    if args.format == "json":
+        output.print_json(found)
+        return 0
+    recent = cast("list[dict[str, object]]", found["recent"])
+    rows = [
+        (
+            output.ago(float(str(one["time"]))),
+            str(one["port"]),
+            f"{one['transport']} {one['destination']}",
+            str(one["reason"]),
+        )
+        for one in recent
+    ]
+    output.print_table(("WHEN", "MACHINE", "WHERE TO", "WHY"), rows)
+    return 0
+
+
+def _machine_link(spec: NetworkSpec, machine: str) -> str:
+    for member, lives in Store().members(spec.name):
+        if lives and machine in (member.name, member.machine_id) and member.link:
+            return member.link
+    message = f"no machine {machine!r} is on the network {spec.name}"
+    raise NotFoundError(message, hint=f"ringfence network inspect {spec.name} lists them")
+
+
+def write_capture(args: argparse.Namespace) -> int:
+    """Writes what passes as pcap, until it is interrupted."""
+    if args.output == "-" and sys.stdout.isatty():
+        message = "a capture is not for a terminal"
+        raise ConfigError(message, hint="-o FILE, or | tcpdump -r - or wireshark -k -i -")
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    name, machine = args.name, args.machine
+    spec = kernel_network(name)
+    if spec is None and Store().get(name) is None:
+        record = state.find(name).record
+        shared = [(one, member) for one, member in _memberships(record.id)]
+        if shared and "user" not in record.network.split(", "):
+            spec, machine = shared[0][0], record.id
+            name = spec.name
+            spec = kernel_network(name)
+    with ExitStack() as stack:
+        if spec is not None:
+            from ringfence.network import kernel, links  # noqa: PLC0415 - for these modes alone
+            from ringfence.network.capture import capture  # noqa: PLC0415 - likewise
+
+            links.require_rights(spec.mode)
+            link = _machine_link(spec, machine) if machine else kernel.bridge_of(spec)
+            capture(link, stack.enter_context(_opened(args.output)), ended.is_set)
+            return 0
+        running = stack.enter_context(reach_gateway(name))
+        file = stack.enter_context(_opened(args.output))
+        port = _port_name(name, machine) if machine else None
+        running.call("capture_start", {"fd": 0, "port": port}, [file.fileno()])
+        while not ended.wait(0.5):
+            running.status()
+        running.call("capture_stop")
+    return 0
+
+
+def _port_name(network: str, machine: str) -> str:
+    """A gateway knows machines by their IDs."""
+    for member, lives in Store().members(network):
+        if lives and machine in (member.name, member.machine_id):
+            return member.machine_id
+    return machine
+
+
+def _opened(path: str) -> BinaryIO:
+    if path == "-":
+        return cast("BinaryIO", sys.stdout.buffer)
+    try:
+        return Path(path).open("wb")
+    except OSError as error:
+        message = f"cannot write {path}: {error.strerror}"
+        raise ConfigError(message) from error

@@ -1,0 +1,197 @@
+"""Addresses that a LAN's own server gives to a machine, asked for in its name by the host.
+
+So a machine has them before it runs, whatever runs in it, and they are kept while it lives.
+
+Source: RFC 2131, RFC 2132.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import socket
+import struct
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ringfence.errors import HostError
+
+__all__ = ["Lease", "Renewal", "ask"]
+
+_ETH_IP = 0x0800
+_ETH_ALL = 3
+_CLIENT, _SERVER = 68, 67
+_MAGIC = b"\x63\x82\x53\x63"
+_DISCOVER, _OFFER, _REQUEST, _ACK, _NAK = 1, 2, 3, 5, 6
+_MASK, _ROUTER, _DNS, _NAME, _WANTED, _TIME, _KIND, _WHO, _ASKED = 1, 3, 6, 12, 50, 51, 53, 54, 55
+_WAITS_S = (0.7, 1.5, 3.0)
+_LEAST_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """What a server gave.
+
+    Args:
+        address: With its prefix.
+        routers: The way outside, if there is one.
+        nameservers: Who tells names.
+        seconds: How long it holds.
+        server: Who gave it.
+    """
+
+    address: str
+    routers: tuple[str, ...]
+    nameservers: tuple[str, ...]
+    seconds: int
+    server: str
+
+
+def _checksum(data: bytes) -> int:
+    total = sum(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data), 2))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def _frame(mac: bytes, number: bytes, options: list[tuple[int, bytes]]) -> bytes:
+    # Asked for by broadcast: nobody has the address yet.
+    body = struct.pack(">BBBB4sHH16x16s192x", 1, 1, 6, 0, number, 0, 0x8000, mac.ljust(16, b"\0"))
+    body += _MAGIC + b"".join(bytes((kind, len(data))) + data for kind, data in options) + b"\xff"
+    udp = struct.pack(">HHHH", _CLIENT, _SERVER, 8 + len(body), 0) + body
+    head = struct.pack(
+        ">BBHHHBBH4s4s", 0x45, 0x10, 20 + len(udp), 0, 0, 64, 17, 0, bytes(4), b"\xff" * 4
+    )
+    head = head[:10] + struct.pack(">H", _checksum(head)) + head[12:]
+    return b"\xff" * 6 + mac + struct.pack(">H", _ETH_IP) + head + udp
+
+
+def _options(frame: bytes, mac: bytes, number: bytes) -> tuple[str, dict[int, bytes]] | None:
+    """The address and the options of an answer to us, if the frame is one."""
+    if len(frame) < 34 or frame[12:14] != b"\x08\0" or frame[23] != 17:
+        return None
+    udp = frame[14 + (frame[14] & 15) * 4 :]
+    if len(udp) < 8 + 240 or struct.unpack_from(">HH", udp) != (_SERVER, _CLIENT):
+        return None
+    body = udp[8:]
+    if body[0] != 2 or body[4:8] != number or body[28:34] != mac or body[236:240] != _MAGIC:
+        return None
+    found: dict[int, bytes] = {}
+    at = 240
+    while at + 1 < len(body) and body[at] != 255:
+        if body[at] == 0:
+            at += 1
+            continue
+        size = body[at + 1]
+        found[body[at]] = body[at + 2 : at + 2 + size]
+        at += 2 + size
+    return str(ipaddress.IPv4Address(body[16:20])), found
+
+
+def _each(data: bytes) -> tuple[str, ...]:
+    return tuple(
+        str(ipaddress.IPv4Address(data[at : at + 4])) for at in range(0, len(data) // 4 * 4, 4)
+    )
+
+
+class _Client:
+    def __init__(self, bridge: str, mac: str, name: str) -> None:
+        self._mac = bytes.fromhex(mac.replace(":", ""))
+        self._name = name.encode()[:63]
+        try:
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_ALL))
+            self._socket.bind((bridge, _ETH_ALL))
+        except OSError as error:
+            message = f"cannot ask for addresses on {bridge}: {error.strerror}"
+            raise HostError(message, errno=error.errno) from error
+
+    def ask(self, kind: int, more: list[tuple[int, bytes]]) -> tuple[str, dict[int, bytes]] | None:
+        number = secrets.token_bytes(4)
+        options = [(_KIND, bytes((kind,))), *more, (_ASKED, bytes((_MASK, _ROUTER, _DNS, _TIME)))]
+        if self._name:
+            options.append((_NAME, self._name))
+        expected = (_OFFER,) if kind == _DISCOVER else (_ACK, _NAK)
+        for wait_s in _WAITS_S:
+            with suppress(OSError):
+                self._socket.send(_frame(self._mac, number, options))
+            deadline = time.monotonic() + wait_s
+            while (left := deadline - time.monotonic()) > 0:
+                self._socket.settimeout(left)
+                try:
+                    frame = self._socket.recv(2048)
+                except OSError:
+                    break
+                found = _options(frame, self._mac, number)
+                if found is not None and found[1].get(_KIND, b"\0")[0] in expected:
+                    return found
+        return None
+
+    def confirm(self, address: str, server: bytes) -> Lease | None:
+        wanted = [(_WANTED, ipaddress.IPv4Address(address).packed), (_WHO, server)]
+        found = self.ask(_REQUEST, wanted)
+        if found is None or found[1][_KIND][0] != _ACK:
+            return None
+        own, options = found
+        mask = options.get(_MASK, b"\xff\xff\xff\0")
+        prefix = int.from_bytes(mask, "big").bit_count()
+        return Lease(
+            address=f"{own}/{prefix}",
+            routers=_each(options.get(_ROUTER, b""))[:1],
+            nameservers=_each(options.get(_DNS, b"")),
+            seconds=int.from_bytes(options.get(_TIME, b"\0\0\x0e\x10"), "big"),
+            server=str(ipaddress.IPv4Address(options.get(_WHO, server))),
+        )
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def ask(bridge: str, mac: str, name: str) -> Lease | None:
+    """Asks a LAN's server for an address; None when nobody answers in a few seconds.
+
+    Args:
+        bridge: The host's bridge that is on the LAN.
+        mac: The machine's Ethernet address.
+        name: The machine's name, told to the server.
+
+    Raises:
+        HostError: The host refuses.
+    """
+    client = _Client(bridge, mac, name)
+    try:
+        offer = client.ask(_DISCOVER, [])
+        if offer is None or _WHO not in offer[1]:
+            return None
+        return client.confirm(offer[0], offer[1][_WHO])
+    finally:
+        client.close()
+
+
+class Renewal:
+    """Keeps a lease while a machine lives."""
+
+    def __init__(self, bridge: str, mac: str, name: str, lease: Lease) -> None:
+        self._asked = (bridge, mac, name)
+        self._lease = lease
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+
+    def _keep(self) -> None:
+        address = self._lease.address.partition("/")[0]
+        server = ipaddress.IPv4Address(self._lease.server).packed
+        wait_s = max(_LEAST_S, self._lease.seconds / 2)
+        while not self._ended.wait(wait_s):
+            with suppress(HostError):
+                client = _Client(*self._asked)
+                try:
+                    again = client.confirm(address, server)
+                finally:
+                    client.close()
+                wait_s = max(_LEAST_S, (again.seconds if again else self._lease.seconds / 4) / 2)
+
+    def close(self) -> None:
+        """Lets it go."""
+        self._ended.set()

@@ -1,0 +1,243 @@
+"""Egress rules as the host's packet filter has them.
+
+A rule about a name holds for the addresses in a set that the network's name server fills
+(:mod:`ringfence.network.names`). Each refusal is counted by its reason, noted in a set with who
+asked for what, and written to the kernel's log, at most five a second.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import TYPE_CHECKING
+
+from ringfence.errors import UnsupportedError
+from ringfence.network.links import link_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ringfence.network.policy import Policy, Rule
+    from ringfence.network.store import Member, NetworkSpec
+    from ringfence.network.tables import Table
+
+__all__ = [
+    "REASONS",
+    "Owner",
+    "add_chains",
+    "add_lan_chains",
+    "add_refusals",
+    "check_lan",
+    "opened_host_ports",
+    "owners",
+    "pin_set",
+    "refusal_sets",
+]
+
+REASONS = ("closed", "denied", "not_allowed", "host", "inbound", "loopback")
+# Providers' metadata and agent addresses.
+_METADATA = {
+    4: "169.254.169.254, 100.100.100.200, 168.63.129.16, 192.0.0.192",
+    6: "fd00:ec2::254, fd20:ce::254",
+}
+# Link-local is never forwarded; saying so counts it.
+_CLOSED = {
+    4: f"169.254.0.0/16, {_METADATA[4].partition(', ')[2]}",
+    6: f"fe80::/10, {_METADATA[6]}",
+}
+_NOTES = "flags dynamic,timeout; timeout 1h; size 512"
+_PINS = "flags timeout; timeout 5m; size 16384"
+_ADDRESS = {4: "ipv4_addr", 6: "ipv6_addr"}
+_FAMILY = {4: "ip", 6: "ip6"}
+
+
+class Owner:
+    """Whose rules: the network's, or a machine's.
+
+    Args:
+        key: As chains and sets are named.
+        policy: The rules.
+        addresses: The machine's; none for the network.
+    """
+
+    def __init__(self, key: str, policy: Policy, addresses: tuple[str, ...] = ()) -> None:
+        self.key = key
+        self.policy = policy
+        self.addresses = addresses
+
+
+def owners(spec: NetworkSpec, members: Sequence[Member]) -> list[Owner]:
+    """The network, and all machines."""
+    return [
+        Owner("net", spec.policy),
+        *(Owner(link_name("m", one.machine_id), one.policy, one.addresses) for one in members),
+    ]
+
+
+def pin_set(owner: Owner, index: int, version: int) -> str:
+    """The set of addresses that a rule about a name holds for."""
+    return f"pin_{owner.key}_{index}_{version}"
+
+
+def refusal_sets(reason: str) -> dict[str, str]:
+    """Sets that note refusals: who, whom, transport, port."""
+    found = {}
+    for version, address in _ADDRESS.items():
+        pair = f"{address} . {address}"
+        found[f"refused_{reason}_{version}"] = f"type {pair} . inet_proto . inet_service; {_NOTES}"
+        found[f"refused_{reason}_{version}_other"] = f"type {pair} . inet_proto; {_NOTES}"
+    return found
+
+
+def _note(reason: str) -> Iterator[str]:
+    for version, family in _FAMILY.items():
+        key = f"{family} saddr . {family} daddr . meta l4proto"
+        name = f"refused_{reason}_{version}"
+        protocol = f"meta protocol {family} meta l4proto"
+        yield f"{protocol} {{ tcp, udp }} update @{name} {{ {key} . th dport counter }}"
+        yield f"{protocol} != {{ tcp, udp }} update @{name}_other {{ {key} counter }}"
+
+
+def add_refusals(table: Table, network: str, *, rejects: bool) -> None:
+    """Adds a chain ``refuse_REASON`` for each reason.
+
+    Args:
+        table: Gets them.
+        network: Its name, for the log.
+        rejects: The machine is told; else its packets are dropped.
+    """
+    table.counters = REASONS
+    for reason in REASONS:
+        table.sets |= refusal_sets(reason)
+        rules = [f'limit rate 5/second log prefix "ringfence {network} {reason}: "']
+        rules += [*_note(reason), f"counter name {reason}"]
+        if rejects:
+            rules += [
+                "meta l4proto tcp reject with tcp reset",
+                "reject with icmpx admin-prohibited",
+            ]
+        else:
+            rules.append("drop")
+        table.chain(f"refuse_{reason}", rules)
+
+
+def check_lan(policy: Policy) -> None:
+    """Checks that the rules can be held on a LAN, which has its own name servers.
+
+    Raises:
+        UnsupportedError: One is about a name.
+    """
+    for rule in policy.rules:
+        if rule.domain:
+            message = f"the rule {str(rule)!r} is about a name, and a LAN has its own name servers"
+            hint = "use --network nat or user, or a rule about addresses"
+            raise UnsupportedError(message, hint=hint)
+
+
+def add_lan_chains(table: Table, number: int, both: Sequence[Owner]) -> None:
+    """Adds a chain ``egress_NUMBER`` for a machine on a LAN: the network's rules and its own.
+
+    Link-local addresses belong to the LAN.
+    """
+    table.chain(f"closed_{number}", _closed(both, _METADATA))
+    rules = [f"jump closed_{number}"]
+    for owner in both:
+        name = f"{owner.key}_{number}"
+        table.chain(name, _chain(owner, "return"))
+        rules.append(f"jump {name}")
+    table.chain(f"egress_{number}", rules)
+
+
+def add_chains(table: Table, everyone: Sequence[Owner]) -> None:
+    """Adds a chain ``egress`` that admits by accepting, and what it calls.
+
+    Args:
+        table: Gets them.
+        everyone: The network first.
+    """
+    for owner in everyone:
+        for index, rule in enumerate(owner.policy.rules):
+            if rule.domain:
+                for version, address in _ADDRESS.items():
+                    table.sets[pin_set(owner, index, version)] = f"type {address}; {_PINS}"
+    table.chain("closed_addresses", _closed(everyone, _CLOSED))
+    network, *machines = everyone
+    egress = ["jump closed_addresses"]
+    for owner in machines:
+        if owner.policy.says_something:
+            table.chain(f"own_{owner.key}", _chain(owner, "return"))
+            egress += [
+                f"{_family(address)} saddr {address} jump own_{owner.key}"
+                for address in owner.addresses
+            ]
+    table.chain("egress", [*egress, *_chain(network, "accept")])
+
+
+def _family(address: str) -> str:
+    return "ip6" if ":" in address else "ip"
+
+
+def _closed(everyone: Sequence[Owner], closed: dict[int, str]) -> Iterator[str]:
+    for owner in everyone:
+        for rule in owner.policy.rules:
+            if rule.action == "allow" and _is_closed(rule.cidr):
+                for where in _sources(owner, rule.cidr):
+                    yield from (f"{where}{line}" for line in _about(rule, (rule.cidr,), "return"))
+    for version, family in _FAMILY.items():
+        yield f"{family} daddr {{ {closed[version]} }} jump refuse_closed"
+
+
+def _sources(owner: Owner, cidr: str) -> list[str]:
+    own = [one for one in owner.addresses if (":" in one) == (":" in cidr)]
+    return [f"{_family(one)} saddr {one} " for one in own] if owner.addresses else [""]
+
+
+def _is_closed(cidr: str) -> bool:
+    closed = (
+        "169.254.",
+        "100.100.100.200",
+        "168.63.129.16",
+        "192.0.0.192",
+        "fd00:ec2:",
+        "fd20:ce:",
+    )
+    return cidr.startswith(closed)
+
+
+def _chain(owner: Owner, admit: str) -> Iterator[str]:
+    for index, rule in enumerate(owner.policy.rules):
+        verdict = "jump refuse_denied" if rule.action == "deny" else admit
+        subjects = [rule.cidr]
+        if rule.domain:
+            subjects = [f"@{pin_set(owner, index, version)}" for version in _FAMILY]
+        yield from _about(rule, subjects, verdict)
+    if owner.policy.refuses_by_default:
+        yield "jump refuse_not_allowed"
+
+
+def _about(rule: Rule, subjects: Sequence[str], verdict: str) -> Iterator[str]:
+    for subject in subjects:
+        family = "ip6" if ":" in subject or subject.endswith("_6") else "ip"
+        where = f"{family} daddr {subject}"
+        if not rule.ports and rule.transport is None:
+            yield f"{where} {verdict}"
+            continue
+        if rule.transport == "icmp":
+            yield f"{where} meta l4proto {{ icmp, ipv6-icmp }} {verdict}"
+            continue
+        ports = ", ".join(f"{first}-{last}" for first, last in rule.ports) or "0-65535"
+        for transport in (rule.transport,) if rule.transport else ("tcp", "udp"):
+            yield f"{where} {transport} dport {{ {ports} }} {verdict}"
+
+
+def opened_host_ports(owner: Owner) -> Iterator[str]:
+    """Conditions under which the host's loopback is open to a machine: source and port."""
+    for rule in owner.policy.rules:
+        address = rule.cidr.partition("/")[0]
+        if rule.action != "allow" or ":" in address or not address:
+            continue
+        if not ipaddress.ip_address(address).is_loopback or rule.transport == "icmp":
+            continue
+        ports = ", ".join(f"{first}-{last}" for first, last in rule.ports) or "1-52, 54-65535"
+        for where in _sources(owner, rule.cidr):
+            for transport in (rule.transport,) if rule.transport else ("tcp", "udp"):
+                yield f"{where}{transport} dport {{ {ports} }}"
