@@ -22,6 +22,8 @@ pub const INVPCID: Feature = Feature(7, 0, 1, 10);
 pub const SMAP: Feature = Feature(7, 0, 1, 20);
 /// User-mode instruction prevention.
 pub const UMIP: Feature = Feature(7, 0, 2, 2);
+/// A hypercall that ends another processor's HLT (Documentation/virt/kvm/x86/hypercalls).
+pub const PV_UNHALT: Feature = Feature(0x4000_0001, 0, 0, 7);
 /// x2APIC mode.
 pub const X2APIC: Feature = Feature(1, 0, 2, 21);
 /// The APIC timer's TSC-deadline mode.

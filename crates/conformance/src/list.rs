@@ -258,6 +258,7 @@ macro_rules! suite {
                 a_tlb_shoot_down_reaches_the_other_processor
                 cross_modified_code_runs_changed
                 much_code_runs_on_both
+                a_kick_ends_the_next_hlt_too
                 a_waiting_processor_answers_a_kick
             }
             snapshot {

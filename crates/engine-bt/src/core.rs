@@ -69,6 +69,8 @@ pub(crate) struct Core {
     /// What the translation of an instruction depends on besides its bytes.
     pub mode: Mode,
     pub activity: Activity,
+    /// Another vCPU ended this one's next HLT.
+    pub unhalted: bool,
     /// Interrupts are held off for one instruction.
     pub shadow: bool,
     pub nmi_pending: bool,
@@ -150,6 +152,7 @@ impl Core {
             msrs: Msrs::default(),
             mode: Mode::default(),
             activity: Activity::Running,
+            unhalted: false,
             shadow: false,
             nmi_pending: false,
             nmi_masked: false,

@@ -141,6 +141,11 @@ impl Remote {
         self.post(request::UNHALT);
     }
 
+    /// Whether a HLT that lasts is to end without an interrupt.
+    pub(crate) fn is_unhalted(&self) -> bool {
+        self.requests.load(Ordering::SeqCst) & request::UNHALT != 0
+    }
+
     /// Whether a ticket is served, or needn't be because the vCPU isn't running: it will serve
     /// it before it does.
     pub(crate) fn is_served(&self, ticket: u64) -> bool {

@@ -124,8 +124,12 @@ impl Core {
         let (requests, receipt) = self.remote.take();
         self.serve(requests, receipt);
         self.maybe_interrupt |= requests & request::EVENT != 0;
-        if requests & request::UNHALT != 0 && self.activity == Activity::Halted {
-            self.activity = Activity::Running;
+        if requests & request::UNHALT != 0 {
+            if self.activity == Activity::Halted {
+                self.activity = Activity::Running;
+            } else {
+                self.unhalted = true;
+            }
         }
         (requests & request::KICK != 0).then_some(VcpuExit::Kicked)
     }

@@ -66,7 +66,11 @@ impl Core {
                 nmi_pending: self.nmi_pending,
                 nmi_masked: self.nmi_masked,
             },
-            activity: self.activity,
+            activity: if self.activity == Activity::Halted && self.remote.is_unhalted() {
+                Activity::Running
+            } else {
+                self.activity
+            },
             lapic: self.apic.as_ref().map_or_else(Vec::new, |apic| apic.save()),
         }
     }
@@ -109,6 +113,7 @@ impl Core {
         self.load_apic(state).map_err(refused)?;
         self.load_events(&state.events);
         self.activity = state.activity;
+        self.unhalted = false;
         self.replay = crate::core::Replay::default();
         self.exits.clear();
         self.resumed_at = None;

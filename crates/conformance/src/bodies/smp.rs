@@ -388,6 +388,46 @@ pub fn a_tlb_shoot_down_reaches_the_other_processor(bench: &Bench<'_>) {
     );
 }
 
+/// A processor that was kicked before it halts, with interrupts off, doesn't; nor does it stay
+/// halted when it is kicked then.
+pub fn a_kick_ends_the_next_hlt_too(bench: &Bench<'_>) {
+    const KICK_CPU: u32 = 5;
+    const SECOND: u32 = 1;
+    fn kick(a: &mut Asm) -> Assembled {
+        a.mov(eax, KICK_CPU)?;
+        a.xor(ebx, ebx)?;
+        a.mov(ecx, SECOND)?;
+        a.vmcall()
+    }
+    let mut guest = two(bench);
+    if !guest.has(PV_UNHALT) {
+        return;
+    }
+    run(
+        &mut guest,
+        |a| {
+            a.cli()?;
+            signal(a, FLAG, 1)?;
+            a.wait_for(ACK, 1)?;
+            // Long enough for the kick to be seen.
+            a.spin(200_000)?;
+            a.hlt()?;
+            signal(a, FLAG, 2)?;
+            a.hlt()?;
+            signal(a, FLAG, 3)
+        },
+        |a| {
+            a.wait_for(FLAG, 1)?;
+            kick(a)?;
+            signal(a, ACK, 1)?;
+            a.wait_for(FLAG, 2)?;
+            a.spin(200_000)?;
+            kick(a)?;
+            a.wait_for(FLAG, 3)
+        },
+    );
+}
+
 /// Both processors run through hundreds of functions, each of which counts what they do together
 /// in a locked quadword across two pages.
 pub fn much_code_runs_on_both(bench: &Bench<'_>) {

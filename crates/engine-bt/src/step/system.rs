@@ -171,7 +171,10 @@ impl Core {
         self.require_supervisor()?;
         self.remote.counters.halts.bump();
         self.rip = next;
-        self.activity = Activity::Halted;
+        // Whoever was kicked before it halts has what it would wait for.
+        if !std::mem::take(&mut self.unhalted) {
+            self.activity = Activity::Halted;
+        }
         Ok(Flow::Jumped)
     }
 
