@@ -87,25 +87,43 @@ def prepare() -> Image:
     Raises:
         ArtifactError: A package can't be downloaded.
     """
-    kernel_root = _unpacked(_versioned_kernel())
-    busybox = _unpacked(BUSYBOX_PACKAGE) / "bin" / "busybox"
-    kernel = next((kernel_root / "boot").glob("vmlinuz-*"))
-    modules = load_order(kernel_root / "lib" / "modules", MODULES)
+    kernel, modules_root = distribution_kernel(KERNEL_PACKAGE)
+    program = busybox()
+    modules = load_order(modules_root, MODULES)
     key = hashlib.sha256(INIT.encode())
-    for path in (busybox, *modules):
+    for path in (program, *modules):
         key.update(f"{path}:{path.stat().st_size}\n".encode())
     initramfs = cache_dir() / f"initramfs-{key.hexdigest()[:16]}.gz"
     if not initramfs.exists():
-        _write_whole(initramfs, gzip.compress(archive(busybox, modules), 1, mtime=0))
+        _write_whole(initramfs, gzip.compress(archive(program, modules), 1, mtime=0))
     return Image(kernel=kernel, initramfs=initramfs)
 
 
-def _versioned_kernel() -> str:
+def distribution_kernel(package: str) -> tuple[Path, Path]:
+    """A kernel's bzImage and its ``lib/modules`` folder, by the package that names the current version.
+
+    Raises:
+        ArtifactError: It can't be downloaded.
+    """
+    root = _unpacked(_versioned(package))
+    return next((root / "boot").glob("vmlinuz-*")), root / "lib" / "modules"
+
+
+def busybox() -> Path:
+    """A static busybox.
+
+    Raises:
+        ArtifactError: It can't be downloaded.
+    """
+    return _unpacked(BUSYBOX_PACKAGE) / "bin" / "busybox"
+
+
+def _versioned(package: str) -> str:
     """The package with the files, behind the one that names the current version."""
-    output = _apt("apt-cache", "depends", KERNEL_PACKAGE)
+    output = _apt("apt-cache", "depends", package)
     match = re.search(r"Depends: (linux-image-\S+)", output)
     if match is None:
-        message = f"{KERNEL_PACKAGE} is not known to apt: run `apt-get update` as root first"
+        message = f"{package} is not known to apt: run `apt-get update` as root first"
         raise ArtifactError(message)
     return match.group(1)
 
@@ -165,13 +183,13 @@ def load_order(root: Path, wanted: tuple[str, ...]) -> list[Path]:
     return order
 
 
-def archive(busybox: Path, modules: list[Path]) -> bytes:
+def archive(program: Path, modules: list[Path], init: str = INIT) -> bytes:
     """The initramfs in newc form (the kernel's early-userspace buffer format document)."""
     entries = [
         *((name, 0o040755, b"") for name in ("bin", "dev", "layer", "modules", "outer")),
         *((name, 0o040755, b"") for name in ("proc", "root", "sys")),
-        ("init", 0o100755, INIT.encode()),
-        ("bin/busybox", 0o100755, busybox.read_bytes()),
+        ("init", 0o100755, init.encode()),
+        ("bin/busybox", 0o100755, program.read_bytes()),
         ("modules.order", 0o100644, "\n".join(path.name for path in modules).encode()),
         *((f"modules/{path.name}", 0o100644, path.read_bytes()) for path in modules),
         ("TRAILER!!!", 0, b""),
