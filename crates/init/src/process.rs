@@ -107,8 +107,9 @@ pub(crate) fn become_program(
         sys::seccomp(filter).step(|| "install the system call filter".to_owned())?;
     }
     // As in runc: with what the program has, its filter included.
-    hooks::run("startContainer", &plan.start_hooks, state, &process.env)?;
-    Err(start(plan, program))
+    let environment = environment(process);
+    hooks::run("startContainer", &plan.start_hooks, state, &environment)?;
+    Err(start(plan, program, &environment))
 }
 
 fn limits(process: &Process) -> Result<(), InitError> {
@@ -273,22 +274,23 @@ fn find(process: &Process) -> Result<Option<CString>, InitError> {
     }
 }
 
-fn start(plan: &Plan, program: Option<CString>) -> InitError {
+/// The program's variables, with the user's home unless it is said.
+fn environment(process: &Process) -> Vec<String> {
+    let mut pairs = process.env.clone();
+    if !pairs.iter().any(|pair| pair.starts_with("HOME=")) {
+        pairs.push(format!("HOME={}", home(process.uid)));
+    }
+    pairs
+}
+
+fn start(plan: &Plan, program: Option<CString>, environment: &[String]) -> InitError {
     let strings = |texts: &[String]| -> Vec<CString> {
         texts
             .iter()
             .filter_map(|text| CString::new(text.as_str()).ok())
             .collect()
     };
-    let (args, mut env) = (strings(&plan.process.args), strings(&plan.process.env));
-    if !plan
-        .process
-        .env
-        .iter()
-        .any(|pair| pair.starts_with("HOME="))
-    {
-        env.extend(CString::new(format!("HOME={}", home(plan.process.uid))));
-    }
+    let (args, env) = (strings(&plan.process.args), strings(environment));
     for &descriptor in &plan.keep_descriptors {
         if let Err(source) = keep(descriptor) {
             return InitError::System {

@@ -234,8 +234,12 @@ fn change(root: &Root, tree: &Tree) -> Result<(), InitError> {
         rustix::process::chroot(".").step(what)?;
         return rustix::process::chdir("/").step(what);
     }
-    // The old root comes to lie on the new one, and is taken away with all that is below it.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let old = rustix::fs::open("/", flags, Mode::empty()).step(what)?;
+    // The old root comes to lie on the new one, and is taken away with all that is below it. By
+    // "." it isn't meant until it's where we are: what is shared in the new root stays shared.
     rustix::process::pivot_root(".", ".").step(what)?;
+    rustix::process::fchdir(&old).step(what)?;
     rustix::mount::mount_change(
         ".",
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from ringfence.container import hooks, lean_json, sources
+from ringfence.container import hooks, lean_json
 from ringfence.container.cgroups import devices
 from ringfence.container.cgroups.group import Group
 from ringfence.container.identity import Maps
@@ -131,11 +131,20 @@ def _prepare_group(bundle: Bundle, group: Group) -> dict[str, object]:
     return devices.apply(group, devices.rules(resources))
 
 
+def _trees(plan: dict[str, object], bundle: Bundle) -> list[int]:
+    """Mounts that the runtime makes itself; most containers have none."""
+    if "user" not in bundle.namespaces and not bundle.has_id_maps:
+        return []
+    from ringfence.container import sources
+
+    return sources.open_trees(plan, bundle)
+
+
 def _launch(bundle: Bundle, state: State, options: CreateOptions) -> Launch:
     group = state.group or Group([])
     device_rules = _prepare_group(bundle, group)
     plan = bundle.plan(group)
-    trees = sources.open_trees(plan, bundle)
+    trees = _trees(plan, bundle)
     plan.update(device_rules)
     root = plan["root"]
     inherit = [*options.keep, *trees]

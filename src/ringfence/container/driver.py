@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ringfence import _binaries
 from ringfence.container import capabilities, default_profile, host_tree, init_program, seccomp
+from ringfence.container.agent import ContainedAgent
 from ringfence.container.cgroups import devices, layout, stats
 from ringfence.container.cgroups.group import Group
 from ringfence.container.cgroups.view import mount_table
@@ -25,7 +26,6 @@ from ringfence.container.launch import Launch
 from ringfence.container.oci import template
 from ringfence.container.spec import device_links, device_nodes
 from ringfence.errors import HostError, StateError, UnsupportedError
-from ringfence.guest.agent import Agent
 from ringfence.machine import check, sockets
 from ringfence.machine.driver import Ending, RunningInfo
 from ringfence.machine.network_plan import Attachments, describe, tell_names
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ringfence.container.launch import Plan
+    from ringfence.guest.agent import Agent
     from ringfence.machine.driver import AgentLike, Driver, Place
     from ringfence.machine.phases import Phases
     from ringfence.machine.spec import MachineSpec
@@ -80,7 +81,8 @@ class ContainerDriver:
         if not path.exists():
             message = f"the machine {place.name} is not running"
             raise StateError(message, hint=f"ringfence inspect {place.name} says how it ended")
-        return Agent.attach(lambda: sockets.connect(path))
+        group = _group(place)
+        return ContainedAgent(lambda: sockets.connect(path), group)
 
 
 class ContainerMachine:
@@ -295,6 +297,7 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
     attachments = _attach(spec, place, stack)
     program = init_program.sealed_copy(str(_binaries.find("ringfence-agent")))
     plan = _plan(spec, place, stack, group, maps)
+    trees = host_tree.give_mounts(plan, spec, stack)
     plan.update(device_rules)
     process = plan["process"]
     if isinstance(process, dict):
@@ -308,7 +311,7 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
     stack.callback(os.close, theirs)
     log = os.open(place.folder / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
-        launch = Launch(plan, [program], (listener.fileno(), ours, log))
+        launch = Launch(plan, [program, *trees], (listener.fileno(), ours, log))
     finally:
         os.close(ours)
         os.close(log)
@@ -319,7 +322,7 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
     except BaseException:
         launch.reap()
         raise
-    agent = Agent.attach(lambda: sockets.connect(path))
+    agent = ContainedAgent(lambda: sockets.connect(path), group)
     return ContainerMachine(launch.pid, agent, group, place, attachments)
 
 

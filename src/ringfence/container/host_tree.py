@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringfence.errors import ConfigError, UnsupportedError
+from ringfence.errors import ConfigError, HostError, UnsupportedError
 from ringfence.machine import host_root
 from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from ringfence.machine.driver import Place
     from ringfence.machine.spec import MachineSpec, Mount
 
-__all__ = ["hostname", "mount_plan", "root_plan", "tell_network"]
+__all__ = ["give_mounts", "hostname", "mount_plan", "root_plan", "tell_network"]
+
+_LOG = logging.getLogger(__name__)
 
 _PROGRAMS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _EMPTY = (
@@ -180,6 +183,54 @@ def _layers(root: ImageRoot, stack: ExitStack) -> list[str]:
     image = store.get(root.reference)
     tree = stack.enter_context(store.rootfs(image, mapped=True))
     return [str(path) for path in reversed(tree.layers)]
+
+
+def give_mounts(plan: dict[str, object], spec: MachineSpec, stack: ExitStack) -> list[int]:
+    """Gives what is mounted of the host to the user who runs commands, as in a virtual machine.
+
+    Where the kernel or a file system can't, owners stay as they are on the host.
+
+    Args:
+        plan: Has the mounts.
+        spec: Says who runs commands.
+        stack: Lets go of what is returned.
+
+    Returns:
+        Descriptors that the plan names.
+    """
+    user, group = _owner(spec)
+    root = plan.get("root")
+    if not spec.mounts or os.geteuid() != 0 or user == 0 or not isinstance(root, dict):
+        return []
+    from ringfence.container import sources
+
+    targets = {str(mount.target) for mount in spec.mounts}
+    found = []
+    for mount in _listed(root.get("mounts")):
+        if not isinstance(mount, dict) or mount.get("target") not in targets:
+            continue
+        try:
+            tree = sources.tree_of_owner(str(mount["source"]), user, group)
+        except HostError as error:
+            _LOG.debug("%s keeps its owners: %s", mount["source"], error)
+            continue
+        stack.callback(os.close, tree)
+        mount["tree"] = tree
+        found.append(tree)
+    return found
+
+
+def _owner(spec: MachineSpec) -> tuple[int, int]:
+    """User and group that run commands; the root where they aren't known before the start."""
+    user, _, group = spec.user.partition(":")
+    if user.isdigit():
+        return int(user), int(group) if group.isdigit() else int(user)
+    if user and isinstance(spec.root, HostRoot):
+        for line in host_root.passwd_lines():
+            fields = line.split(":")
+            if fields[0] == user:
+                return int(fields[2]), int(fields[3])
+    return 0, 0
 
 
 def mount_plan(mounts: tuple[Mount, ...]) -> list[dict[str, object]]:

@@ -19,12 +19,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.container.spec import Bundle
 
-__all__ = ["open_trees"]
+__all__ = ["open_trees", "tree_of_owner"]
 
 _OPEN_TREE, _MOUNT_SETATTR = 428, 442
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _CLONE_TREE = 1 | os.O_CLOEXEC
 _IDMAP = 0x10_0000
+# The last number stands for none.
+_ALL = 2**32 - 1
 _CLONE_NEWUSER = 0x1000_0000
 
 
@@ -56,6 +58,34 @@ def open_trees(plan: dict[str, object], bundle: Bundle) -> list[int]:
     return opened
 
 
+def tree_of_owner(source: str, user: int, group: int) -> int:
+    """A mount of a directory or file in which root's are a user's, and the user's root's.
+
+    Raises:
+        HostError: The kernel or the file system can't.
+    """
+    tree = _open_tree(source, recursive=True)
+    try:
+        namespace = _namespace(Maps(_exchanged(user), _exchanged(group)))
+        try:
+            _set_owners(tree, namespace, _AT_EMPTY_PATH | _AT_RECURSIVE, source)
+        finally:
+            os.close(namespace)
+    except BaseException:
+        os.close(tree)
+        raise
+    return tree
+
+
+def _exchanged(number: int) -> list[tuple[int, int, int]]:
+    """A map of all numbers to themselves, but for 0 and one other."""
+    if number == 0:
+        return [(0, 0, _ALL)]
+    between, above = number - 1, _ALL - number - 1
+    ranges = [(0, number, 1), (1, 1, between), (number, 0, 1), (number + 1, number + 1, above)]
+    return [entry for entry in ranges if entry[2] > 0]
+
+
 def _call(what: str, number: int, *arguments: object) -> int:
     import ctypes
 
@@ -75,9 +105,7 @@ def _open_tree(source: str, *, recursive: bool) -> int:
 
 
 def _map(tree: int, wanted: Fields, bundle: Bundle) -> None:
-    """Gives a mount the owners of a user namespace."""
-    import ctypes
-
+    """Gives a mount the owners that a configuration says."""
     own = Maps.of(wanted)
     path = bundle.namespaces.get("user", "")
     if not own.users and path:
@@ -88,22 +116,27 @@ def _map(tree: int, wanted: Fields, bundle: Bundle) -> None:
             message = f"{wanted.place} is to have ID maps, and neither it nor the container has any"
             raise ConfigError(message)
         namespace = _namespace(maps)
+    flags = _AT_EMPTY_PATH | (_AT_RECURSIVE if wanted.flag("recursive") else 0)
+    try:
+        _set_owners(tree, namespace, flags, wanted.place)
+    finally:
+        os.close(namespace)
+
+
+def _set_owners(tree: int, namespace: int, flags: int, place: str) -> None:
+    import ctypes
 
     # To set, to clear, the propagation, the user namespace.
     attributes = struct.pack("4Q", _IDMAP, 0, 0, namespace)
-    flags = _AT_EMPTY_PATH | (_AT_RECURSIVE if wanted.flag("recursive") else 0)
-    try:
-        _call(
-            f"cannot map the owners of {wanted.place}",
-            _MOUNT_SETATTR,
-            tree,
-            b"",
-            flags,
-            attributes,
-            ctypes.c_size_t(len(attributes)),
-        )
-    finally:
-        os.close(namespace)
+    _call(
+        f"cannot map the owners of {place}",
+        _MOUNT_SETATTR,
+        tree,
+        b"",
+        flags,
+        attributes,
+        ctypes.c_size_t(len(attributes)),
+    )
 
 
 def _namespace(maps: Maps) -> int:

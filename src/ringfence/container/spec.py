@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from ringfence.container import capabilities, flags, lean_json, mounts, scheduling
+from ringfence.container import capabilities, flags, lean_json, mounts
 from ringfence.container.cgroups import devices
 from ringfence.container.cgroups.view import cgroup_mounts
 from ringfence.container.fields import Fields
@@ -77,6 +77,14 @@ class Bundle:
     def terminal(self) -> bool:
         """Whether the process has a terminal."""
         return self.process.flag("terminal")
+
+    @property
+    def has_id_maps(self) -> bool:
+        """Whether a mount is to have owners of its own."""
+        return any(
+            "uidMappings" in mount or not {"idmap", "ridmap"}.isdisjoint(mount.texts("options"))
+            for mount in self.config.tables("mounts")
+        )
 
     @property
     def makes_users(self) -> bool:
@@ -341,7 +349,10 @@ def _scheduling(plan: dict[str, object], process: Fields, linux: Fields) -> None
             message = f"linux.personality.domain: there is no personality {domain!r}"
             raise ConfigError(message)
         plan["personality"] = _PERSONALITIES[domain]
-    scheduling.compile_process(plan, process, linux)
+    if "scheduler" in process or "execCPUAffinity" in process or "memoryPolicy" in linux:
+        from ringfence.container import scheduling
+
+        scheduling.compile_process(plan, process, linux)
     priority = process.table("ioPriority")
     if priority.values:
         kind = priority.text("class")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from ringfence.container.cgroups import files, limits
 from ringfence.container.cgroups.layout import Layout, detect
+from ringfence.container.fields import Fields
 from ringfence.errors import ConfigError, HostError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ringfence.container.fields import Fields
-
 __all__ = ["Group"]
 
 _EACCES, _EBUSY, _EPERM, _EROFS = 13, 16, 1, 30
+# The kernel takes no period with which the present quota would be more than the group above has.
+_PERIODS = ("cpu.cfs_period_us", "cpu.rt_period_us")
 _DENIED = (_EACCES, _EPERM, _EROFS)
 # Without these no process can be put into a version 1 cpuset.
 _CPUSET = ("cpuset.cpus", "cpuset.mems")
@@ -108,15 +110,19 @@ class Group:
             }
             if not places:
                 continue
-            writes = compile_(resources)
+            writes = compile_(_with_memory(resources, places) if version == 2 else resources)
+            late = []
             for controller, file, value in _ordered(writes, places):
                 # A hybrid host has a controller once: the other version's writes aren't for it.
                 if controller in places:
                     name, text = limits.where(places[controller], file, value)
-                    files.write(f"{places[controller]}/{name}", text)
+                    if not _written(f"{places[controller]}/{name}", text):
+                        late.append((f"{places[controller]}/{name}", text))
                 elif self._lacks(controller, version):
                     message = f"this host has no cgroup controller {controller!r} to set {file}"
                     raise UnsupportedError(message)
+            for path, text in late:
+                files.write(path, text)
 
     def _lacks(self, controller: str, version: int) -> bool:
         other = {"blkio": "io", "io": "blkio"}.get(controller, controller)
@@ -202,6 +208,33 @@ class Group:
         """
         for _names, path, _version in self.directories:
             _remove(path)
+
+
+def _with_memory(resources: Fields, places: dict[str, str]) -> Fields:
+    """Limits of memory as version 2 needs them: swap is counted from the limit that there is."""
+    if "memory" not in places:
+        return Fields({**resources.values, "memory": None}, resources.place)
+    memory = resources.table("memory")
+    present = files.read_integer(f"{places['memory']}/memory.max")
+    if present and memory.integer("swap") > 0 and not memory.integer("limit"):
+        completed = {**memory.values, "limit": present}
+        return Fields({**resources.values, "memory": completed}, resources.place)
+    return resources
+
+
+def _written(path: str, text: str) -> bool:
+    """Writes a value; False for a period that doesn't go with the quota before it is changed too.
+
+    Raises:
+        HostError: The kernel refused it otherwise.
+    """
+    try:
+        files.write(path, text)
+    except HostError as error:
+        if error.errno != errno.EINVAL or not path.endswith(_PERIODS):
+            raise
+        return False
+    return True
 
 
 def _ordered(writes: list[limits.Write], places: dict[str, str]) -> Iterable[limits.Write]:
