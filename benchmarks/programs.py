@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ringfence.guest import kernels
@@ -12,13 +13,15 @@ from ringfence.guest.initramfs import resolve_modules
 from ringfence.guest.newc import Entry, archive
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ringfence.guest.kernels import Kernel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = REPOSITORY / "benchmarks" / "guest"
 CACHE = REPOSITORY / ".cache" / "benchmarks"
+
+_NO_FILES: Mapping[str, Path] = MappingProxyType({})
 
 MICRO = (
     *("sieve", "calls", "quicksort", "chase", "doubles", "matrix", "copy"),
@@ -54,17 +57,26 @@ def kernel() -> Kernel:
     return kernels.find()
 
 
-def initramfs(name: str, commands: Sequence[str], modules: tuple[str, ...] = ()) -> Path:
+def initramfs(
+    name: str,
+    commands: Sequence[str],
+    modules: tuple[str, ...] = (),
+    files: Mapping[str, Path] = _NO_FILES,
+) -> Path:
     """A first file system with every program in ``/bench``.
 
     Args:
         name: Of the file.
         commands: What ``init`` runs: lines of words separated by tabs.
         modules: Names of kernel modules to load, with what these need.
+        files: Further files of the host, by their paths in it without the first slash.
     """
     programs = build()
     order = resolve_modules(kernel().modules, modules)
+    folders = {str(up) for path in files for up in Path(path).parents} - {"."}
     entries = [
+        *(Entry.directory(path) for path in sorted(folders)),
+        *(Entry.file(path, source.read_bytes(), 0o755) for path, source in files.items()),
         *(
             Entry.directory(path)
             for path in ("dev", "proc", "sys", "tmp", "root", "bench", "modules")

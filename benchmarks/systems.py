@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LINE = re.compile(r"^@ (\S+) (\d+) (\d+)\s*$", re.MULTILINE)
 VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
+MAC = "02:00:00:00:00:01"
 CMDLINE = "console=ttyS0 quiet panic=-1 mitigations=off i8042.noaux i8042.nomux i8042.dumbkbd"
 
 
@@ -67,6 +68,7 @@ class Work:
         memory_mib: RAM.
         disk: A raw image for ``/dev/vda``; what is written to it is lost.
         share: A directory that the guest has by virtio-fs, read only, under the tag ``share``.
+        tap: An open TAP device, which its network card is plugged into.
         timeout_s: How long it may take.
     """
 
@@ -75,6 +77,7 @@ class Work:
     memory_mib: int = 512
     disk: Path | None = None
     share: Path | None = None
+    tap: int | None = None
     timeout_s: float = 300.0
 
 
@@ -123,6 +126,9 @@ def prepare(work: Work, engine: str, stack: ExitStack) -> VmProcess:
         descriptors.append(fd)
         entry = {"path": "/", "fd": fd, "read_only": True, "cache": "auto"}
         devices.append({"type": "fs", "tag": "share", "entries": [entry]})
+    if work.tap is not None:
+        descriptors.append(work.tap)
+        devices.append({"type": "net", "tap_fds": [work.tap], "mac": MAC})
     return VmProcess(
         _binaries.find("ringfence-vm"),
         engine=engine,
@@ -190,6 +196,9 @@ def qemu(work: Work, machine: str = "q35", accel: str = "tcg") -> Outcome:
             argv += ["-device", "virtio-blk-pci,drive=disk"]
         if work.share is not None:
             argv += _virtiofsd(work.share, stack)
+        if work.tap is not None:
+            argv += ["-netdev", f"tap,id=net,fd={work.tap}"]
+            argv += ["-device", f"virtio-net-pci,netdev=net,mac={MAC},romfile="]
         return _run_qemu(argv, work, stops=not machine.startswith("microvm"))
 
 
@@ -212,7 +221,10 @@ def _run_qemu(argv: list[str], work: Work, *, stops: bool) -> Outcome:
     start = time.monotonic()
     first = 0.0
     output = bytearray()
-    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+    taps = [] if work.tap is None else [work.tap]
+    with subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=taps
+    ) as process:
         assert process.stdout is not None
         fd = process.stdout.fileno()
         try:
