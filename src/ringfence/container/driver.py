@@ -294,7 +294,9 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
     stack.callback(_remove_group, group)
     group.make()
     device_rules = _limit(group, spec)
-    attachments = _attach(spec, place, stack)
+    attachments = Attachments(spec, place, "container")
+    stack.callback(attachments.close)
+    attachments.attach_all()
     program = init_program.sealed_copy(str(_binaries.find("ringfence-agent")))
     plan = _plan(spec, place, stack, group, maps)
     trees = host_tree.give_mounts(plan, spec, stack)
@@ -338,13 +340,6 @@ def _follow(launch: Launch, maps: Maps | None, attachments: Attachments) -> None
         return ""
 
     launch.follow({"map": write_maps, "register": register}, until_ready=False)
-
-
-def _attach(spec: MachineSpec, place: Place, stack: ExitStack) -> Attachments:
-    attachments = Attachments(spec, place, "container")
-    stack.callback(attachments.close)
-    attachments.attach_all()
-    return attachments
 
 
 def _plan(
