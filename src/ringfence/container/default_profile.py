@@ -8,9 +8,12 @@ table don't exist for the container.
 
 from __future__ import annotations
 
-from ringfence.container import syscalls
+import functools
 
-__all__ = ["profile"]
+from ringfence.container import seccomp, syscalls
+from ringfence.container.fields import Fields
+
+__all__ = ["compiled", "profile"]
 
 _REFUSED = frozenset(
     [
@@ -133,3 +136,9 @@ def profile() -> dict[str, object]:
         "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"],
         "syscalls": rules,
     }
+
+
+@functools.cache
+def compiled() -> dict[str, object]:
+    """The profile as a filter for this host's processor."""
+    return seccomp.compile_filter(Fields(profile()))

@@ -6,7 +6,6 @@ path inside, so that commands, files and streams are the same as those of virtua
 
 from __future__ import annotations
 
-import functools
 import os
 import select
 import threading
@@ -14,7 +13,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from ringfence import _binaries
-from ringfence.container import capabilities, default_profile, host_tree, init_program, seccomp
+from ringfence.container import capabilities, default_profile, host_tree, init_program
 from ringfence.container.agent import ContainedAgent
 from ringfence.container.cgroups import devices, layout, stats
 from ringfence.container.cgroups.group import Group
@@ -273,11 +272,6 @@ def _limit(group: Group, spec: MachineSpec) -> dict[str, object]:
 _NO_DEVICES = {"devices": [{"allow": False, "access": "rwm"}]}
 
 
-@functools.cache
-def _filter() -> dict[str, object]:
-    return seccomp.compile_filter(Fields(default_profile.profile()))
-
-
 def _remove_group(group: Group) -> None:
     if group.processes():
         group.kill()
@@ -391,7 +385,7 @@ def _plan(
             },
             "no_new_privileges": True,
             "limits": [file_limit()],
-            "seccomp": _filter(),
+            "seccomp": default_profile.compiled(),
         },
         **group.entrance(),
     }
