@@ -37,11 +37,13 @@ class MadeLayer:
         blob: The compressed tar.
         diff_id: The digest of the tar.
         empty: Whether it has no members.
+        created: When a build made it, as RFC 3339 has it; empty where that isn't known.
     """
 
     blob: Descriptor
     diff_id: Digest
     empty: bool = False
+    created: str = ""
 
 
 class LayerWriter:

@@ -11,7 +11,7 @@ import pytest
 
 from ringfence.errors import CommandError, ConfigError, NotFoundError
 from ringfence.image import Store
-from ringfence.image.build import BuildOptions, build
+from ringfence.image.build import BuildOptions, build, builder
 from ringfence.image.build.view import View
 from ringfence.image.build.workspace import open_workspace
 from ringfence.image.create import from_directory
@@ -337,3 +337,19 @@ def test_what_a_killed_build_left_mounted_is_cleared(builds: Builds) -> None:
     assert not list((builds.store.root / "tmp").iterdir())
     with builds.store.rootfs(image) as tree:
         assert (tree.layers[-1] / "x").read_text() == "x\n"
+
+
+def test_a_build_that_makes_nothing_anew_has_the_same_result(
+    builds: Builds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "FROM base\nENV A=1\nCOPY src /src\nRUN echo made > /made\nCMD ['x']\n"
+    times = iter(["2030-01-01T00:00:00Z", "2031-01-01T00:00:00Z", "2032-01-01T00:00:00Z"])
+    monkeypatch.setattr(builder, "created_now", lambda: (next(times), None))
+
+    first, second = builds(text), builds(text)
+    (builds.context / "src/a.txt").write_text("changed")
+    third = builds(text)
+
+    assert second.digest == first.digest
+    assert first.config.created == "2030-01-01T00:00:00Z"
+    assert third.config.created == "2032-01-01T00:00:00Z"

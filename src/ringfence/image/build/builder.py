@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BuildOptions", "build"]
 
+# Of an image in which nothing was made.
+_BEGINNING = "1970-01-01T00:00:00Z"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
@@ -111,6 +114,7 @@ class _Builder:
         self._store = store
         self._options = options
         self._created, latest_ns = created_now()
+        self._fixed = latest_ns is not None
         instructions = parse_dockerfile(text)
         self._stages, self._globals = stages_of(
             instructions,
@@ -128,6 +132,7 @@ class _Builder:
             runner=runner,
             cache=StepCache(store, use=options.cache),
             other=self._other,
+            created=self._created,
             latest_ns=latest_ns,
             options=options,
         )
@@ -138,7 +143,7 @@ class _Builder:
             self._total = sum(len(self._stages[n].steps) + 1 for n in self._needed(target))
             state = self._stage(target)
             labels = {**state.config.labels, **self._options.labels}
-            config = replace(state.config, labels=labels, created=self._created)
+            config = replace(state.config, labels=labels, created=self._time_of(state))
             names = self._options.tags or (None,)
             images = [add_image(self._store, name, config, tuple(state.layers)) for name in names]
         unknown = set(self._options.build_args) - self._used - set(self._globals) - PREDEFINED
@@ -241,9 +246,13 @@ class _Builder:
 
     # -- instructions ---------------------------------------------------------------------------
 
+    def _time_of(self, state: StageState) -> str:
+        """When what is there so far was made: a build that makes nothing anew has the same result."""
+        return self._created if self._fixed else state.config.created or _BEGINNING
+
     def _apply(self, step: Instruction, state: StageState, number: int) -> None:
         history = History(
-            created=self._created,
+            created=self._time_of(state),
             created_by=str(step),
             comment="ringfence build",
         )
@@ -268,7 +277,8 @@ class _Builder:
         if layer is None or layer.empty:
             state.add_history(history)
         else:
-            state.add_layer(layer, history)
+            state.config = replace(state.config, created=layer.created or self._created)
+            state.add_layer(layer, replace(history, created=self._time_of(state)))
 
     def _arg(self, step: Instruction, state: StageState) -> None:
         automatic = platform_variables(self._options.platform)

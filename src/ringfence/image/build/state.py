@@ -110,7 +110,12 @@ class StepCache:
             return None
         if not self._store.blobs.has(blob.digest):
             return None
-        return MadeLayer(blob=blob, diff_id=diff_id, empty=obj.get("empty") is True)
+        return MadeLayer(
+            blob=blob,
+            diff_id=diff_id,
+            empty=obj.get("empty") is True,
+            created=jsonio.text(obj, "created", str(path), ""),
+        )
 
     def put(self, key: str, layer: MadeLayer) -> None:
         """Note a layer."""
@@ -118,6 +123,7 @@ class StepCache:
             "layers": [layer.blob.to_json()],
             "diff_id": str(layer.diff_id),
             "empty": layer.empty,
+            "created": layer.created,
         }
         work = self._store.blobs.temporary()
         work.write_bytes(jsonio.dump(document))

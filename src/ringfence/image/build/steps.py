@@ -62,6 +62,7 @@ class Steps:
         runner: Runner,
         cache: StepCache,
         other: Callable[[str, int], StageState],
+        created: str,
         latest_ns: int | None,
         options: BuildOptions,
     ) -> None:
@@ -71,6 +72,7 @@ class Steps:
         self._runner = runner
         self._cache = cache
         self._other = other
+        self._created = created
         self._latest_ns = latest_ns
         self._options = options
         self._source: Source | None = None
@@ -98,7 +100,7 @@ class Steps:
         if layer is not None:
             self._options.say("      as before")
             return layer
-        layer = make()
+        layer = replace(make(), created=self._created)
         self._cache.put(key, layer)
         return layer
 
