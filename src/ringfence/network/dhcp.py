@@ -112,7 +112,7 @@ class _Client:
         options = [(_KIND, bytes((kind,))), *more, (_ASKED, bytes((_MASK, _ROUTER, _DNS, _TIME)))]
         if self._name:
             options.append((_NAME, self._name))
-        expected = (_OFFER,) if kind == _DISCOVER else (_ACK, _NAK)
+        expected = [bytes((one,)) for one in ((_OFFER,) if kind == _DISCOVER else (_ACK, _NAK))]
         for wait_s in _WAITS_S:
             with suppress(OSError):
                 self._socket.send(_frame(self._mac, number, options))
@@ -124,7 +124,7 @@ class _Client:
                 except OSError:
                     break
                 found = _options(frame, self._mac, number)
-                if found is not None and found[1].get(_KIND, b"\0")[0] in expected:
+                if found is not None and found[1].get(_KIND, b"")[:1] in expected:
                     return found
         return None
 
@@ -134,7 +134,7 @@ class _Client:
         if found is None or found[1][_KIND][0] != _ACK:
             return None
         own, options = found
-        mask = options.get(_MASK, b"\xff\xff\xff\0")
+        mask = options.get(_MASK, b"\xff\xff\xff\0")[:4]
         prefix = int.from_bytes(mask, "big").bit_count()
         return Lease(
             address=f"{own}/{prefix}",

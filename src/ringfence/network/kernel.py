@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringfence.errors import HostError
+from ringfence.errors import ConfigError, HostError
 from ringfence.network import dnsmasq, firewall, gateway, lan, links, names, tap
 from ringfence.network.attachment import Attachment, NetnsPlan
 from ringfence.network.interfaces import interface_of
@@ -43,7 +43,7 @@ def bridge_of(spec: NetworkSpec) -> str:
 
 def table_of(spec: NetworkSpec) -> str:
     """The name of a network's tables of rules."""
-    return links.link_name("ringfence_", *_identity(spec))
+    return links.link_name("ringfence_", *_identity(spec), size=26)
 
 
 def describe(spec: NetworkSpec) -> dict[str, object]:
@@ -183,9 +183,17 @@ class KernelMode:
 
 
 def _reserve(options: AttachOptions, stack: ExitStack) -> list[PublishedPort]:
-    """Takes the host's ports, so that nobody else believes them free."""
+    """Takes the host's ports, so that nobody else believes them free.
+
+    Raises:
+        ConfigError: The kernel can't publish there.
+        ConflictError: A port is in use.
+    """
     found = []
     for port in options.publish:
+        if port.address == "::1":
+            message = f"the host's kernel passes nothing on that comes by ::1, so not {port} either"
+            raise ConfigError(message, hint="publish it on 127.0.0.1, or use --network user")
         bound = stack.enter_context(gateway.bind_published(port, listen=False))
         found.append(dataclasses.replace(port, host=int(bound.getsockname()[1])))
     return found

@@ -93,10 +93,10 @@ def require_rights(mode: str) -> None:
         raise UnsupportedError(message, hint=hint)
 
 
-def link_name(prefix: str, *parts: str) -> str:
-    """A link's name made from words, the same for the same ones, at most 15 bytes."""
+def link_name(prefix: str, *parts: str, size: int = 15) -> str:
+    """A name made from words, the same for the same ones; a link's has at most 15 bytes."""
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    return prefix + digest[: 15 - len(prefix)]
+    return prefix + digest[: size - len(prefix)]
 
 
 def _index(route: _Route, name: str) -> int | None:
