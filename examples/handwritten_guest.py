@@ -1,7 +1,7 @@
 """Runs a guest that was written by hand, with a device written in Python.
 
-The guest prints a text through a port, one character at a time, then halts. Run it on a host
-whose /dev/kvm is of use: python examples/handwritten_guest.py
+The guest prints a text through a port, one character at a time, then halts. It needs no /dev/kvm:
+python examples/handwritten_guest.py
 """
 
 from __future__ import annotations

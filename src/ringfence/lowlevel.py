@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ringfence._native import lowlevel as _native
+from ringfence._native.host import probe_kvm
 from ringfence.errors import InternalError
 
 if TYPE_CHECKING:
@@ -270,7 +271,8 @@ class Machine:
     """RAM, a port and a memory bus, and vCPUs.
 
     Args:
-        engine: One of :func:`engines`.
+        engine: One of :func:`engines`, or ``auto``: ``kvm`` where it is measured to be usable, else
+            ``bt``, which needs nothing of the host.
         memory_mib: RAM in MiB, from address 0.
         vcpus: How many.
         exit_on_unclaimed: Accesses that no device claims come back from :meth:`Vcpu.run`. Else
@@ -282,19 +284,25 @@ class Machine:
         HostError: The host refused, for instance because ``/dev/kvm`` is missing.
     """
 
-    __slots__ = ("_native",)
+    __slots__ = ("_engine", "_native")
 
     def __init__(
         self,
         *,
-        engine: str = "kvm",
+        engine: str = "auto",
         memory_mib: int = 16,
         vcpus: int = 1,
         exit_on_unclaimed: bool = True,
     ) -> None:
         # Negative sizes are no numbers that the native side has a type for.
         memory_bytes = max(memory_mib, 0) * _MIB
-        self._native = _native.Machine(engine, memory_bytes, max(vcpus, 0), exit_on_unclaimed)
+        self._engine = _best() if engine == "auto" else engine
+        self._native = _native.Machine(self._engine, memory_bytes, max(vcpus, 0), exit_on_unclaimed)
+
+    @property
+    def engine(self) -> str:
+        """What runs it."""
+        return self._engine
 
     def vcpu(self, index: int = 0) -> Vcpu:
         """Makes a vCPU, in the state after reset.
@@ -356,6 +364,10 @@ class Machine:
 def engines() -> tuple[str, ...]:
     """The engines that a :class:`Machine` can be made of."""
     return tuple(_native.engines())
+
+
+def _best() -> str:
+    return "kvm" if probe_kvm().verdict == "usable" else "bt"
 
 
 def _items(segments: Mapping[str, Segment] | None) -> list[tuple[str, Segment]]:

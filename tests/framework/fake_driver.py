@@ -44,6 +44,8 @@ class FakeProcess:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        # A descriptor that is closed under a reader may be another's a moment later.
+        self._reading = threading.Lock()
         self.pid = self._process.pid
         self.stdin: BinaryIO = _given(self._process.stdin)
         self.stdout: BinaryIO = _given(self._process.stdout)
@@ -75,19 +77,21 @@ class FakeProcess:
     def communicate(
         self, stdin: bytes = b"", timeout_s: float | None = None
     ) -> tuple[bytes, bytes]:
-        try:
-            return self._process.communicate(stdin or None, self.spec.timeout_s or timeout_s)
-        except subprocess.TimeoutExpired:
-            self.timed_out = True
-            self.signal(signal.SIGKILL)
-            return self._process.communicate()
+        with self._reading:
+            try:
+                return self._process.communicate(stdin or None, self.spec.timeout_s or timeout_s)
+            except subprocess.TimeoutExpired:
+                self.timed_out = True
+                self.signal(signal.SIGKILL)
+                return self._process.communicate()
 
     def close(self) -> None:
         if self._process.poll() is None:
             self.signal(signal.SIGKILL)
-        self._process.wait()
-        for stream in (self.stdin, self.stdout, self.stderr):
-            stream.close()
+        with self._reading:
+            self._process.wait()
+            for stream in (self.stdin, self.stdout, self.stderr):
+                stream.close()
 
 
 def _given(stream: BinaryIO | object) -> BinaryIO:
@@ -225,6 +229,9 @@ class FakeMachine:
 
     def resume(self) -> None:
         self.state = "running"
+
+    def balloon(self, target_mib: int) -> None:
+        self.state = f"without {target_mib}"
 
     def kill(self) -> None:
         self.end(Ending(reason="killed", message="it was killed"))

@@ -26,6 +26,7 @@ from ringfence.machine.sandbox import Sandbox
 from tests.functional.disks import make_disk
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from ringfence.machine.options import MachineOptions
@@ -129,6 +130,28 @@ def test_pausing_holds_it_and_resuming_lets_it_go_on(machine: Machine) -> None:
         assert machine.inspect()["state"] == "paused"
         machine.resume()
         assert read_some(process.stdout, 1024)
+
+
+def test_memory_is_given_back_and_taken_again(machine: Machine) -> None:
+    def given_mib() -> int:
+        balloon = machine.stats()["balloon"]
+        assert isinstance(balloon, dict)
+        return int(balloon["actual_bytes"]) >> 20
+
+    machine.balloon(100)
+    assert eventually(lambda: given_mib() == 100)
+    machine.balloon(0)
+    assert eventually(lambda: given_mib() == 0)
+    with pytest.raises(ConfigError):
+        machine.balloon(1 << 20)
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Whether it comes to hold, in half a minute."""
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
 
 
 def test_what_is_said_of_it(machine: Machine) -> None:

@@ -14,6 +14,7 @@ use ringfence_engine::Interrupts;
 use ringfence_engine::Unclaimed;
 use ringfence_engine::Vm;
 use ringfence_engine::VmSetup;
+use ringfence_engine_bt::BtEngine;
 use ringfence_engine_kvm::KvmEngine;
 use ringfence_memory::Bytes;
 use ringfence_memory::GuestAddress;
@@ -27,7 +28,7 @@ use crate::device::PyDevice;
 use crate::error::NativeError;
 use crate::vcpu::Vcpu;
 
-const ENGINES: [&str; 1] = ["kvm"];
+const ENGINES: [&str; 2] = ["kvm", "bt"];
 
 /// The engines that a machine can be made of.
 #[pyfunction]
@@ -38,6 +39,7 @@ pub(crate) fn engines() -> [&'static str; ENGINES.len()] {
 fn engine(name: &str) -> Result<Box<dyn Engine>, NativeError> {
     match name {
         "kvm" => Ok(Box::new(KvmEngine::open()?)),
+        "bt" => Ok(Box::new(BtEngine::new()?)),
         other => Err(NativeError::config(format!(
             "there is no engine {other:?} for machines in this process; there is: {}",
             ENGINES.join(", ")

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Self, Unpack
 
 from ringfence.aio.parts import Files, Process, in_thread, pool
+from ringfence.errors import GuestCrash
 from ringfence.machine import machine as sync_machine
 from ringfence.machine import sandbox as sync_sandbox
 
@@ -182,6 +183,10 @@ class Machine:
         """Lets it go on."""
         await in_thread(self._machine.resume)
 
+    async def balloon(self, target_mib: int) -> None:
+        """Asks the guest to give memory back; see :meth:`ringfence.Machine.balloon`."""
+        await in_thread(self._machine.balloon, target_mib)
+
     async def wait(self, timeout_s: float | None = None) -> Ending | None:
         """Waits until it ends; None when it still runs after that time."""
         return await in_thread(self._machine.wait, timeout_s)
@@ -209,7 +214,12 @@ class Machine:
         trace: TracebackType | None,
     ) -> None:
         """Destroys it."""
-        await self.close()
+        try:
+            await self.close()
+        except GuestCrash:
+            # What went wrong before comes first.
+            if error is None:
+                raise
 
 
 def _look_at(future: asyncio.Future[Result]) -> None:

@@ -28,6 +28,10 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--vcpus", type=int, default=1, metavar="N", help="virtual processors (1)")
     machine.add_argument("-m", "--memory", default="512M", metavar="SIZE", help="RAM (512M)")
     machine.add_argument(
+        "--huge-pages", default="off", metavar="KIND",
+        help="off, transparent or reserved: the host's pages for its RAM (off)",
+    )  # fmt: skip
+    machine.add_argument(
         "--kernel", metavar="VERSION|PATH", help="the guest's kernel (the newest at hand)"
     )
     machine.add_argument("--hostname", default="", metavar="NAME", help="its name for itself")
@@ -201,6 +205,7 @@ def machine_spec(args: argparse.Namespace) -> MachineSpec:
         "engine": args.engine,
         "vcpus": args.vcpus,
         "memory": args.memory,
+        "huge_pages": args.huge_pages,
         "mounts": mounts,
         "workdir": workdir,
         "env": environment(args.env),

@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
         for record in records:
             print(record.id)
     elif args.format == "json":
-        output.print_json([dataclasses.asdict(record) for record in records])
+        output.print_json(
+            [{**dataclasses.asdict(record), "env": dict(record.env)} for record in records]
+        )
     else:
         heads = ("ID", "NAME", "ENGINE", "ROOT", "COMMAND", "CREATED", "STATUS")
         output.print_table(heads, [_row(record) for record in records])

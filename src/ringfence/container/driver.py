@@ -63,7 +63,7 @@ class ContainerDriver:
             RingfenceError: See :meth:`ringfence.machine.driver.Driver.start`.
         """
         with phases.measure("check"):
-            _refuse(spec)
+            check.check_container(spec)
             check.check_host(spec)
         with ExitStack() as stack, phases.measure("container"):
             machine = _launch(spec, place, stack)
@@ -122,6 +122,11 @@ class ContainerMachine:
     def info(self) -> RunningInfo:
         """What is known of it."""
         return RunningInfo(engine="container", pid=self._pid, kernel=os.uname().release)
+
+    def balloon(self, target_mib: int) -> None:
+        """Containers have no balloon."""
+        message = f"a container's memory is the host's: it can't give {target_mib} MiB back"
+        raise UnsupportedError(message, hint="use --engine auto")
 
     def pause(self) -> None:
         """Stops every process where it is."""
@@ -236,12 +241,6 @@ class ContainerMachine:
         self._resources.close()
         os.close(self._handle)
         self._handle = -1
-
-
-def _refuse(spec: MachineSpec) -> None:
-    if spec.kernel is not None:
-        message = "a container has the host's kernel, so it can't be given one"
-        raise UnsupportedError(message, hint="use --engine auto")
 
 
 def _group(place: Place) -> Group:

@@ -7,14 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringfence.errors import ConfigError, HostError, NotFoundError
+from ringfence.errors import ConfigError, HostError, NotFoundError, UnsupportedError
 from ringfence.machine import disk
-from ringfence.machine.spec import DirectoryRoot, DiskRoot
+from ringfence.machine.spec import DirectoryRoot, DiskRate, DiskRoot
 
 if TYPE_CHECKING:
     from ringfence.machine.spec import MachineSpec
 
-__all__ = ["check_host", "host_memory_mib"]
+__all__ = ["check_container", "check_host", "host_memory_mib"]
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -45,6 +45,20 @@ def check_host(spec: MachineSpec) -> None:
         if spec.root.writable and not os.access(spec.root.path, os.W_OK):
             message = f"the disk image {spec.root.path} can't be written by this user"
             raise HostError(message, path=str(spec.root.path))
+
+
+def check_container(spec: MachineSpec) -> None:
+    """Refuses what only a machine with a kernel of its own has.
+
+    Raises:
+        UnsupportedError: It is asked for.
+    """
+    if spec.kernel is not None:
+        message = "a container has the host's kernel, so it can't be given one"
+        raise UnsupportedError(message, hint="use --engine auto")
+    if spec.disk_rate != DiskRate() or spec.huge_pages != "off":
+        message = "a container has neither disks that can be limited nor RAM of its own"
+        raise UnsupportedError(message, hint="use --engine auto")
 
 
 def _check_readable(path: Path, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ringfence.errors import AgentError, CommandError, ConfigError, GuestTimeout
 from ringfence.guest.spec import ExecSpec
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ringfence.guest.agent import GuestStats
     from ringfence.guest.spec import TerminalSize
     from ringfence.machine.driver import AgentLike, FilesLike
+    from ringfence.machine.spec import MachineSpec
 
 __all__ = ["CommandDefaults", "Commands"]
 
@@ -49,6 +50,12 @@ class CommandDefaults:
         self.workdir = workdir
         self.user = user
         self.timeout_s = timeout_s
+
+    @classmethod
+    def of(cls, spec: MachineSpec) -> Self:
+        """What a specification says of commands."""
+        timeout_s = spec.timeouts.command_s
+        return cls(env=spec.env, workdir=spec.workdir, user=spec.user, timeout_s=timeout_s)
 
 
 class Commands(ABC):

@@ -228,6 +228,13 @@ class Running(Protocol):
     def resume(self) -> None:
         """Lets it go on."""
 
+    def balloon(self, target_mib: int) -> None:
+        """Asks the guest to do without this much of its memory.
+
+        Raises:
+            UnsupportedError: Its memory isn't its own.
+        """
+
     def kill(self) -> None:
         """Ends it at once."""
 

@@ -88,16 +88,7 @@ class Machine(Commands):
         self._closed = False
         self._end_was_told = False
         self._reason = ""
-        self._defaults = self._defaults_of(self._spec)
-
-    @staticmethod
-    def _defaults_of(spec: MachineSpec) -> CommandDefaults:
-        return CommandDefaults(
-            env=spec.env,
-            workdir=spec.workdir,
-            user=spec.user,
-            timeout_s=spec.timeouts.command_s,
-        )
+        self._defaults = CommandDefaults.of(self._spec)
 
     def start(self) -> Self:
         """Starts it and waits until it takes commands.
@@ -136,7 +127,7 @@ class Machine(Commands):
 
             image = image_plan.find(self._spec.root, self._phases)
             self._spec, self._command = image_plan.with_defaults(self._spec, image, self._command)
-            self._defaults = self._defaults_of(self._spec)
+            self._defaults = CommandDefaults.of(self._spec)
 
     def _entered(self, entry: state.Entry, running: Running) -> None:
         """What follows once it runs."""
@@ -266,6 +257,14 @@ class Machine(Commands):
         """Lets it go on."""
         self._live().resume()
         self.entry.update(status="running")
+
+    def balloon(self, target_mib: int) -> None:
+        """Asks the guest to do without so much of its memory, which the host has back then.
+
+        Raises:
+            ConfigError: More than it has.
+        """
+        self._live().balloon(target_mib)
 
     def stats(self, *, engine_counters: bool = False) -> Mapping[str, object]:
         """What it uses of the host; with ``engine_counters`` those too."""

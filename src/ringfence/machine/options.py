@@ -23,7 +23,7 @@ from ringfence.network.policy import Policy
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ringfence.machine.spec import DiskFormat, EngineName
+    from ringfence.machine.spec import DiskFormat, EngineName, HugePages
 
 __all__ = ["MachineOptions", "memory_mib", "spec_from"]
 
@@ -46,6 +46,8 @@ class MachineOptions(TypedDict, total=False):
     """Virtual processors."""
     memory: int | str
     """RAM in MiB, or as text: ``"2G"``."""
+    huge_pages: HugePages
+    """``off``, ``transparent`` or ``reserved``: which pages of the host the RAM is made of."""
     image: str
     """An OCI image."""
     root: str | Path
@@ -161,7 +163,7 @@ def spec_from(options: MachineOptions) -> MachineSpec:
     if "entrypoint" in options:
         values["entrypoint"] = tuple(options["entrypoint"])
     values |= _network(options)
-    plain = ("name", "engine", "vcpus", "workdir", "user", "hostname", "kernel")
+    plain = ("name", "engine", "vcpus", "workdir", "user", "hostname", "kernel", "huge_pages")
     given = cast("Mapping[str, object]", options)
     values |= {key: given[key] for key in plain if key in given}
     return MachineSpec(**values)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ __all__ = [
     "DiskRoot",
     "EngineName",
     "HostRoot",
+    "HugePages",
     "ImageRoot",
     "MachineSpec",
     "Mount",
@@ -34,6 +35,9 @@ EngineName = Literal["auto", "kvm", "bt", "container"]
 ENGINES: tuple[EngineName, ...] = ("auto", "kvm", "bt", "container")
 
 DiskFormat = Literal["raw", "qcow2"]
+
+HugePages = Literal["off", "transparent", "reserved"]
+HUGE_PAGES: tuple[HugePages, ...] = ("off", "transparent", "reserved")
 
 MIN_MEMORY_MIB = 64
 MAX_VCPUS = 32
@@ -238,6 +242,8 @@ class MachineSpec:
         engine: What runs it; ``auto`` takes the best that this host has, as measured.
         vcpus: Virtual processors, 1 to 32.
         memory_mib: RAM.
+        huge_pages: Which pages of the host its RAM is made of: ordinary ones, huge ones where the kernel
+            has some, or those that were reserved.
         root: Its root file system.
         mounts: Further parts of the host that it sees.
         workdir: Where commands run; made in the guest when missing.
@@ -265,6 +271,7 @@ class MachineSpec:
     engine: EngineName = "auto"
     vcpus: int = 1
     memory_mib: int = 512
+    huge_pages: HugePages = "off"
     root: Root = field(default_factory=HostRoot)
     mounts: tuple[Mount, ...] = ()
     workdir: str = ""
@@ -305,6 +312,9 @@ class MachineSpec:
                 f"a machine needs at least {MIN_MEMORY_MIB} MiB of memory, not {self.memory_mib}"
             )
             raise ConfigError(message)
+        if self.huge_pages not in HUGE_PAGES:
+            message = f"there are no huge pages {self.huge_pages!r}"
+            raise ConfigError(message, hint=f"choose one of {', '.join(HUGE_PAGES)}")
         if self.workdir and not self.workdir.startswith("/"):
             message = f"the working directory must be an absolute path, not {self.workdir!r}"
             raise ConfigError(message)

@@ -120,6 +120,10 @@ class VmMachine:
         """Lets its vCPUs go on, with the right time."""
         self._process.control.call("resume")
 
+    def balloon(self, target_mib: int) -> None:
+        """Asks the guest to do without this much of its memory."""
+        self._process.control.call("balloon", {"target_mib": target_mib})
+
     def kill(self) -> None:
         """Ends it as pulling the plug does."""
         self._process.kill()
@@ -218,6 +222,7 @@ def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -
                 "cmdline": f"{_CMDLINE} {_ENGINE_CMDLINE.get(spec.engine, '')}".rstrip(),
             },
         )
+        document.set("huge_pages", spec.huge_pages)
         document.add_device("rng")
         document.add_device("balloon")
         handout = _add_vsock(document, place, stack)
