@@ -154,6 +154,11 @@ pub(crate) fn enter(
             .step(|| "make the root read only".to_owned())?;
     }
     change(root, tree)?;
+    let own =
+        MountPropagationFlags::from_bits_retain(root.propagation) - MountPropagationFlags::REC;
+    if own.intersects(MountPropagationFlags::SHARED | MountPropagationFlags::UNBINDABLE) {
+        rustix::mount::mount_change("/", own).step(|| "share the root".to_owned())?;
+    }
     Ok(Entered { terminal, state })
 }
 

@@ -15,6 +15,7 @@ from ringfence.errors import ConflictError, HostError, RingfenceError, StateErro
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ringfence.container.cgroups.systemd import Scope
     from ringfence.container.fields import Fields
     from ringfence.container.spec import Bundle
 
@@ -30,9 +31,9 @@ __all__ = [
     "CreateOptions",
     "create",
     "destroy",
-    "empty_group",
     "now",
     "start",
+    "take_group",
     "write_pid_file",
 ]
 
@@ -43,6 +44,7 @@ class CreateOptions:
     Args:
         wait_for_start: Whether the program waits for :func:`start`.
         console: A connected socket that gets the terminal, or -1.
+        systemd: systemd gives the control groups out.
         copied: The terminal is copied to the caller's own.
         engine: What is to run it; empty for a container of the host's kernel.
         keep: Descriptors that the program keeps.
@@ -61,6 +63,8 @@ class CreateOptions:
         "no_pivot",
         "pid_file",
         "pidfd_socket",
+        "scope",
+        "systemd",
         "wait_for_start",
     )
 
@@ -68,7 +72,8 @@ class CreateOptions:
         self.wait_for_start = wait_for_start
         self.console = -1
         self.keep: list[int] = []
-        self.no_pivot = self.no_keyring = self.copied = False
+        self.no_pivot = self.no_keyring = self.copied = self.systemd = False
+        self.scope: Scope | None = None
         self.pid_file = self.pidfd_socket = self.engine = ""
 
 
@@ -98,7 +103,7 @@ def create(bundle: Bundle, root: str, name: str, options: CreateOptions) -> tupl
         state.bundle, state.rootfs, state.created = bundle.path, bundle.rootfs, now()
         state.annotations = bundle.config.mapping("annotations")
         state.save_config(f"{bundle.path}/config.json")
-        state.group = empty_group(bundle, name)
+        state.group = take_group(bundle, name, options)
         launch = _launch(bundle, state, options)
         _follow(bundle, state, launch, options)
     except BaseException:
@@ -107,12 +112,26 @@ def create(bundle: Bundle, root: str, name: str, options: CreateOptions) -> tupl
             launch.close()
         destroy(state)
         raise
+    finally:
+        if options.scope is not None:
+            options.scope.release()
     return state, launch
 
 
-def empty_group(bundle: Bundle, name: str) -> Group:
-    """The container's group. One that others are in isn't its own to limit, empty and remove."""
-    group = _group(bundle, name)
+def take_group(bundle: Bundle, name: str, options: CreateOptions) -> Group:
+    """The container's group. One that others are in isn't its own to limit, empty and remove.
+
+    Raises:
+        ConflictError: Others are in it, or it is frozen.
+        HostError: systemd doesn't give it.
+    """
+    if options.systemd:
+        from ringfence.container.cgroups.systemd import Scope
+
+        options.scope = Scope(bundle.linux.text("cgroupsPath"), name)
+        group = Group.plan(options.scope.path, rootless=os.geteuid() != 0)
+    else:
+        group = _group(bundle, name)
     strangers = group.processes()
     if strangers:
         message = f"container's cgroup is not empty: {len(strangers)} process(es) found"
@@ -121,6 +140,8 @@ def empty_group(bundle: Bundle, name: str) -> Group:
         # The container would stop in the midst of its setup, and its maker with it.
         message = "container's cgroup unexpectedly frozen"
         raise ConflictError(message, hint="thaw it, or give the container a cgroupsPath of its own")
+    if options.scope is not None:
+        options.scope.start(bundle.linux.table("resources"))
     return group
 
 

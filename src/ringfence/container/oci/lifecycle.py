@@ -29,7 +29,7 @@ __all__ = [
 
 _CREATE = (
     "bundle/b console-socket engine pidfd-socket pid-file preserve-fds",
-    "no-pivot no-new-keyring",
+    "no-pivot no-new-keyring systemd-cgroup",
 )
 _RUN_SWITCHES = f"{_CREATE[1]} detach/d keep no-subreaper"
 
@@ -37,6 +37,7 @@ _RUN_SWITCHES = f"{_CREATE[1]} detach/d keep no-subreaper"
 def _options(words: Arguments, bundle: Bundle, *, wait_for_start: bool) -> container.CreateOptions:
     options = container.CreateOptions(wait_for_start=wait_for_start)
     options.pid_file = words.text("pid-file")
+    options.systemd = "systemd-cgroup" in words
     options.pidfd_socket = words.text("pidfd-socket")
     options.no_pivot = "no-pivot" in words
     options.no_keyring = "no-new-keyring" in words

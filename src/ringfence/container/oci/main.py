@@ -99,7 +99,7 @@ def _run(command: str, options: Arguments) -> int:
     if command not in _COMMANDS:
         message = f"there is no command {command!r}; ringfence-oci --help lists them"
         raise ConfigError(message)
-    if "systemd-cgroup" in options and not os.path.isdir("/run/systemd/system"):
+    if "systemd-cgroup" in options and not _has_systemd():
         message = "systemd not running on this host, cannot use systemd cgroups manager"
         raise ConfigError(message)
     function = _load(_COMMANDS[command], f"{command}_command")
@@ -108,9 +108,18 @@ def _run(command: str, options: Arguments) -> int:
         raise ConfigError(message)
     root = os.path.abspath(options.text("root") or default_root())
     words = options.rest[1:]
-    if "engine" in options and command in {"create", "run"}:
-        words = ["--engine", options.text("engine"), *words]
+    if command in {"create", "run"}:
+        if "engine" in options:
+            words = ["--engine", options.text("engine"), *words]
+        if "systemd-cgroup" in options:
+            words = ["--systemd-cgroup", *words]
     return int(function(root, words))
+
+
+def _has_systemd() -> bool:
+    from ringfence.container.cgroups import systemd
+
+    return systemd.is_running()
 
 
 def _version() -> str:

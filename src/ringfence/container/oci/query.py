@@ -100,6 +100,9 @@ def ps_command(root: str, words: list[str]) -> int:
 
 def features_command(_root: str, _words: list[str]) -> int:
     """Prints what this runtime knows, as the specification's features document."""
+    from ringfence.container.cgroups import systemd
+
+    has_systemd = systemd.is_running()
     hooks = [
         "prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop",
     ]  # fmt: skip
@@ -112,7 +115,7 @@ def features_command(_root: str, _words: list[str]) -> int:
         "linux": {
             "namespaces": sorted(flags.NAMESPACES),
             "capabilities": list(capabilities.NAMES),
-            "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False},
+            "cgroup": {"v1": True, "v2": True, "systemd": has_systemd, "systemdUser": has_systemd},
             "seccomp": {
                 "enabled": True,
                 "actions": sorted(seccomp.ACTIONS),

@@ -93,7 +93,7 @@ def create(
         state.annotations = bundle.config.mapping("annotations")
         state.engine, state.machine = engine, _machine_name(root, name)
         state.save_config(f"{bundle.path}/config.json")
-        state.group = container.empty_group(bundle, name)
+        state.group = container.take_group(bundle, name, options)
         state.group.make()
         state.group.limit(Fields(bundles.host_resources(bundle.linux.table("resources"))))
         if options.wait_for_start:
@@ -110,6 +110,9 @@ def create(
             started.close()
         container.destroy(state)
         raise
+    finally:
+        if options.scope is not None:
+            options.scope.release()
     return state, started
 
 
