@@ -24,11 +24,11 @@ const fn bits(list: &[u32]) -> u32 {
     mask
 }
 
-/// Leaf 1 ECX: SSE3 PCLMULQDQ SSSE3 FMA CX16 PCID SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE AVX F16C
+/// Leaf 1 ECX: SSE3 PCLMULQDQ SSSE3 FMA CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE AVX F16C
 /// RDRAND.
-const LEAF1_ECX: u32 = bits(&[0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
-/// x2APIC, TSC deadline, "a hypervisor is present": the engine's own.
-const LEAF1_ECX_OWN: u32 = bits(&[21, 24, 31]);
+const LEAF1_ECX: u32 = bits(&[0, 1, 9, 12, 13, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
+/// PCID, x2APIC, TSC deadline, "a hypervisor is present": the engine's own.
+const LEAF1_ECX_OWN: u32 = bits(&[17, 21, 24, 31]);
 /// Leaf 1 EDX: FPU VME DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX
 /// FXSR SSE SSE2.
 const LEAF1_EDX: u32 = bits(&[
