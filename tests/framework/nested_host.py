@@ -69,9 +69,13 @@ class NestedHost:
     Args:
         cpus: Its processors.
         memory_mib: Its memory, which holds the layer over the file system too.
+        processor: Which one, as QEMU calls it.
     """
 
-    def __init__(self, *, cpus: int = 2, memory_mib: int = MEMORY_MIB) -> None:
+    def __init__(
+        self, *, cpus: int = 2, memory_mib: int = MEMORY_MIB, processor: str = PROCESSOR
+    ) -> None:
+        self._processor = processor
         self._cpus = cpus
         self._memory_mib = memory_mib
         self._resources = contextlib.ExitStack()
@@ -149,7 +153,7 @@ class NestedHost:
             f"PYTHON={os.path.realpath(sys.executable)} RUNNER={RUNNER.resolve()}"
         )
         return [
-            *("-machine", "q35,accel=tcg,memory-backend=ram", "-cpu", PROCESSOR),
+            *("-machine", "q35,accel=tcg,memory-backend=ram", "-cpu", self._processor),
             *("-smp", str(self._cpus), "-m", f"{self._memory_mib}M"),
             *("-object", f"memory-backend-memfd,id=ram,size={self._memory_mib}M,share=on"),
             *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
@@ -249,10 +253,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds")
     parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--processor", default=PROCESSOR, help="as QEMU calls it")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
     start = time.monotonic()
-    with NestedHost(cpus=options.cpus) as host:
+    with NestedHost(cpus=options.cpus, processor=options.processor) as host:
         booted = time.monotonic() - start
         done = host.run(options.command, timeout_s=options.timeout)
         sys.stdout.buffer.write(done.stdout)
