@@ -147,7 +147,7 @@ def _whole(rounds: int, log: Log) -> Suite:
     root = debian.build(log)
     commands: Sequence[str] = debian.commands()
     modules = ("virtio_pci", "virtio_blk", "ext4")
-    initramfs = programs.initramfs("whole", commands, modules)
+    initramfs = programs.initramfs("whole", commands, modules, disk_is_root=True)
     work = systems.Work(initramfs=initramfs, memory_mib=1024, disk=root.image, timeout_s=900)
     runs: dict[str, Callable[[], Outcome]] = {
         "native": functools.partial(systems.native, commands, root.folder),

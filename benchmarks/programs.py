@@ -62,6 +62,8 @@ def initramfs(
     commands: Sequence[str],
     modules: tuple[str, ...] = (),
     files: Mapping[str, Path] = _NO_FILES,
+    *,
+    disk_is_root: bool = False,
 ) -> Path:
     """A first file system with every program in ``/bench``.
 
@@ -70,6 +72,7 @@ def initramfs(
         commands: What ``init`` runs: lines of words separated by tabs.
         modules: Names of kernel modules to load, with what these need.
         files: Further files of the host, by their paths in it without the first slash.
+        disk_is_root: The commands run in the ext4 file system on ``/dev/vda``.
     """
     programs = build()
     order = resolve_modules(kernel().modules, modules)
@@ -87,6 +90,7 @@ def initramfs(
         Entry.file("commands", "".join(f"{line}\n" for line in commands).encode()),
         Entry.file("modules/order", "".join(f"{module.name}\n" for module in order).encode()),
         *(Entry.file(f"modules/{module.name}", module.data) for module in order),
+        *([Entry.file("disk-is-root", b"")] if disk_is_root else []),
         *(Entry.file(f"bench/{key}", path.read_bytes(), 0o755) for key, path in programs.items()),
     ]
     path = CACHE / f"{name}.cpio"
