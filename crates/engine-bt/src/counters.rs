@@ -83,6 +83,20 @@ counters! {
     halts: "halts",
     /// Address-space switches.
     switches: "address_space_switches",
+    /// Visits of user code to a space of its own.
+    direct_visits: "direct_visits",
+    /// Ticks of the time-stamp counter that these took.
+    direct_ticks: "direct_ticks",
+    /// System calls made there.
+    direct_calls: "direct_system_calls",
+    /// Times that it was called back for an event.
+    direct_kicks: "direct_kicks",
+    /// Exceptions that it caused there, page faults apart.
+    direct_traps: "direct_traps",
+    /// Times that pages were mapped there.
+    direct_fills: "direct_fills",
+    /// Spaces that were lost or couldn't be made.
+    direct_lost: "direct_spaces_lost",
     /// Table flushes.
     flushes: "table_flushes",
 }

@@ -369,6 +369,7 @@ impl Core {
             || self.mode.is_stepped()
             || !self.exits.is_empty()
             || self.remote.has_requests()
+            || self.is_direct()
         {
             return Ok(LEAVE);
         }

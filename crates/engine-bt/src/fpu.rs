@@ -46,6 +46,15 @@ impl XsaveArea {
         self.0[at..at + 8].copy_from_slice(&value.to_le_bytes());
     }
 
+    /// Makes an area that another process wrote one that can be loaded: no components but the
+    /// guest's, no reserved bits.
+    pub(crate) fn sanitize(&mut self, xcr0: u64) {
+        let present = self.word(XSTATE_BV) & xcr0;
+        self.set_word(XSTATE_BV, present);
+        self.0[XSTATE_BV + 8..HEADER_END].fill(0);
+        self.0[MXCSR + 2..MXCSR + 4].fill(0);
+    }
+
     /// The first `len` bytes, for a saved state.
     pub(crate) fn bytes(&self, len: usize) -> Vec<u8> {
         self.0[..len.min(AREA_BYTES)].to_vec()

@@ -25,6 +25,7 @@ mod core;
 mod counters;
 mod debug;
 mod device;
+mod direct;
 mod dispatch;
 mod event;
 mod fault;

@@ -58,6 +58,10 @@ impl Core {
         if self.windows.admit_mode(self.mode) || self.fast_stale {
             self.refresh_fast_paths();
         }
+        if self.is_user() && self.is_direct() {
+            // The run loop takes it from here.
+            return Ok(0);
+        }
         self.set_if_poll();
         let page = linear & !(PAGE - 1);
         let offset = u16::try_from(linear % PAGE).unwrap_or(0);

@@ -28,6 +28,7 @@ pub(crate) fn memory_file(name: &CStr, len_bytes: u64) -> io::Result<OwnedFd> {
 }
 
 /// A stretch of host address space that this value owns.
+#[derive(Debug)]
 pub(crate) struct Reservation {
     start: u64,
     len_bytes: u64,

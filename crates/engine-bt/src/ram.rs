@@ -19,6 +19,8 @@ struct Run {
     start: u64,
     len: u64,
     host: u64,
+    /// Offset of the first byte in the memory's file.
+    offset: u64,
 }
 
 /// Where each page of guest RAM lies in the host's address space.
@@ -41,6 +43,7 @@ impl Ram {
                     start: region.start_addr().0,
                     len: region.len(),
                     host: host as u64,
+                    offset: region.file_offset().map_or(0, |file| file.start()),
                 })
             })
             .collect();
@@ -60,6 +63,14 @@ impl Ram {
         self.runs.iter().find_map(|run| {
             let offset = gpa.checked_sub(run.start)?;
             (offset.checked_add(len)? <= run.len).then(|| run.host + offset)
+        })
+    }
+
+    /// Offset of RAM at guest physical `gpa` in the memory's file.
+    pub(crate) fn file_offset(&self, gpa: u64) -> Option<u64> {
+        self.runs.iter().find_map(|run| {
+            let offset = gpa.checked_sub(run.start)?;
+            (offset < run.len).then(|| run.offset + offset)
         })
     }
 

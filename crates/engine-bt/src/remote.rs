@@ -7,10 +7,12 @@
 )]
 
 use std::io;
+use std::os::fd::RawFd;
 use std::sync::Condvar;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicI32;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
@@ -56,6 +58,8 @@ pub(crate) struct Remote {
     /// The vCPU may use its tables now.
     inside: AtomicBool,
     halted: AtomicBool,
+    /// Where the vCPU's code runs directly right now: a descriptor of the process, or -1.
+    process: AtomicI32,
     bell: Mutex<()>,
     rung: Condvar,
     /// The vCPU's counts; it alone adds to them.
@@ -75,6 +79,7 @@ impl Remote {
             served: AtomicU64::new(0),
             inside: AtomicBool::new(false),
             halted: AtomicBool::new(false),
+            process: AtomicI32::new(-1),
             bell: Mutex::new(()),
             rung: Condvar::new(),
             counters: Counters::default(),
@@ -111,6 +116,10 @@ impl Remote {
     pub(crate) fn post(&self, requests: u32) {
         self.requests.fetch_or(requests, Ordering::SeqCst);
         self.poll().store(self.closed.start(), Ordering::SeqCst);
+        let process = self.process.load(Ordering::SeqCst);
+        if process >= 0 {
+            crate::direct::kill(process, crate::direct::KICK);
+        }
         if self.halted.load(Ordering::SeqCst) {
             let _guard = self.bell.lock().unwrap_or_else(PoisonError::into_inner);
             self.rung.notify_all();
@@ -180,6 +189,11 @@ impl Remote {
     /// Says that everything posted up to `receipt` was served.
     pub(crate) fn serve(&self, receipt: u64) {
         self.served.fetch_max(receipt, Ordering::SeqCst);
+    }
+
+    /// The vCPU's code runs in a process of its own from here on, or (-1) no longer.
+    pub(crate) fn set_process(&self, process: RawFd) {
+        self.process.store(process, Ordering::SeqCst);
     }
 
     /// The vCPU starts or stops using its tables.

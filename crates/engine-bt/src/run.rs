@@ -109,6 +109,9 @@ impl Core {
         if self.mode.is_stepped() {
             return self.step_debugged();
         }
+        if self.is_direct() {
+            return self.run_direct();
+        }
         let pc = self.lookup()?;
         if pc != 0 {
             self.enter(pc);
@@ -210,6 +213,9 @@ impl Core {
         }
         if let Some(number) = apic.acknowledge() {
             self.activity = Activity::Running;
+            if self.is_user() {
+                self.note_user_work();
+            }
             self.remote.counters.interrupts.bump();
             self.interrupt(number, Source::External)?;
         }

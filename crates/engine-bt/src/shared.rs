@@ -16,6 +16,7 @@ use ringfence_memory::WriteWatcher;
 
 use crate::clock::Clock;
 use crate::code::CodeCache;
+use crate::direct::Spawner;
 use crate::gate::Gates;
 use crate::host::Host;
 use crate::pages::Pages;
@@ -40,6 +41,8 @@ pub(crate) struct Shared {
     /// go to a page with translated code.
     pub slow_writes: Mutex<()>,
     pub dirty: DirtyLog,
+    /// Makes processes for direct execution, where the host has what that needs.
+    pub spawner: Option<Mutex<Spawner>>,
 }
 
 /// Pages that vCPUs wrote, while somebody wants to know.

@@ -1,6 +1,7 @@
 //! A machine of this engine, and the engine traits.
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::OnceLock;
@@ -17,6 +18,7 @@ use ringfence_engine::VcpuExit;
 use ringfence_engine::VcpuWaker;
 use ringfence_engine::Vm;
 use ringfence_engine::VmSetup;
+use ringfence_memory::GuestRam;
 use ringfence_memory::WriteWatcher;
 use ringfence_x86::cpuid::CpuidTable;
 use ringfence_x86::state::VcpuState;
@@ -24,6 +26,7 @@ use ringfence_x86::state::VcpuState;
 use crate::clock::Clock;
 use crate::code::CodeCache;
 use crate::core::Core;
+use crate::direct::Spawner;
 use crate::features::guest_cpuid;
 use crate::gate::Gates;
 use crate::host::Host;
@@ -97,6 +100,19 @@ impl BtEngine {
     }
 }
 
+impl BtEngine {
+    /// What makes processes for direct execution; nothing where the host lacks what it needs, and
+    /// all code is translated.
+    fn direct_spawner(&self, ram: &GuestRam) -> Option<Mutex<Spawner>> {
+        if !self.host.fsgsbase || !self.host.avx {
+            return None;
+        }
+        // Asked here: the jail forbids the question.
+        crate::direct::cpuid_can_trap();
+        Spawner::start(ram.file().as_raw_fd()).ok().map(Mutex::new)
+    }
+}
+
 impl Engine for BtEngine {
     fn name(&self) -> &'static str {
         "bt"
@@ -136,6 +152,7 @@ impl Engine for BtEngine {
             .map(File::try_clone)
             .transpose()
             .map_err(EngineError::host("duplicate the perf map"))?;
+        let spawner = self.direct_spawner(&setup.ram);
         let code = CodeCache::new(self.code_bytes, self.host, perf_map)
             .map_err(EngineError::host("reserve the code cache"))?;
         let registration = Registration::new(code.range())
@@ -153,6 +170,7 @@ impl Engine for BtEngine {
             remotes: (0..setup.vcpus).map(|_| OnceLock::new()).collect(),
             slow_writes: Mutex::new(()),
             dirty: crate::shared::DirtyLog::default(),
+            spawner,
         });
         let watcher: Arc<dyn WriteWatcher> = Arc::new(DeviceWrites(Arc::downgrade(&shared)));
         setup.ram.set_watcher(&watcher);

@@ -64,6 +64,10 @@ pub(crate) struct Translation {
     pub writable: bool,
     /// The entry is global.
     pub global: bool,
+    /// The accessed bit is set.
+    pub accessed: bool,
+    /// The dirty bit is set.
+    pub dirty: bool,
 }
 
 /// A page-table entry of either width.
@@ -109,6 +113,8 @@ impl Paging {
                 user: true,
                 writable: true,
                 global: false,
+                accessed: true,
+                dirty: true,
             });
         }
         let walk = Walk {
@@ -264,13 +270,15 @@ impl Walk<'_> {
         if !self.mark(slot, entry, bits) {
             return Ok(None);
         }
-        let dirty = entry & PTE_D != 0 || self.access == Access::Write;
+        let dirty = entry & PTE_D != 0 || self.mark && self.access == Access::Write;
         let base = entry & PTE_ADDR & !(page_bytes - 1);
         Ok(Some(Translation {
             gpa: base | (address & (page_bytes - 1)),
             page_bytes,
             user: user_page,
-            writable: may_write && dirty,
+            writable: may_write && (dirty || self.access == Access::Write),
+            dirty,
+            accessed: self.mark || entry & PTE_A != 0,
             global: entry & PTE_G != 0 && self.paging.cr4 & CR4_PGE != 0,
         }))
     }

@@ -33,6 +33,7 @@ use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 
 use crate::code_table::CodeTable;
+use crate::direct::Direct;
 use crate::hot::Hot;
 use crate::mapping::Reservation;
 use crate::mapping::memory_file;
@@ -130,6 +131,7 @@ struct Window {
     used: u64,
     /// Mode of the maps in the code table.
     mode: Option<Mode>,
+    direct: Direct,
 }
 
 impl Window {
@@ -195,6 +197,7 @@ impl Windows {
                 tag: None,
                 used: 0,
                 mode: None,
+                direct: Direct::default(),
             });
         }
         let hot = NonNull::new(windows[0].gs_base() as *mut Hot)
@@ -248,6 +251,7 @@ impl Windows {
             None => {
                 let slot = self.oldest();
                 self.flush_slot(slot);
+                self.slots[slot].direct.clear();
                 self.slots[slot].tag = Some(tag);
                 slot
             }
@@ -423,7 +427,18 @@ impl Windows {
         }
     }
 
+    /// What the current window has for direct execution.
+    pub(crate) fn direct(&self) -> &Direct {
+        &self.slots[self.current].direct
+    }
+
+    /// As [`Self::direct`], to change it.
+    pub(crate) fn direct_mut(&mut self) -> &mut Direct {
+        &mut self.slots[self.current].direct
+    }
+
     fn flush_slot(&mut self, slot: usize) {
+        self.slots[slot].direct.maps.clear();
         let mut log = std::mem::take(&mut self.slots[slot].log);
         if log.is_large() {
             let gs = self.slots[slot].gs_base();
@@ -514,6 +529,12 @@ impl Windows {
         true
     }
 
+    /// Drops what the current window's code table knows of user code.
+    pub(crate) fn forget_user_code(&mut self) {
+        let window = &mut self.slots[self.current];
+        forget_code(&mut window.log, Table::CodeUser, &window.code);
+    }
+
     /// Whether [`Self::pollute`] is in force.
     pub(crate) fn is_polluted(&self) -> bool {
         self.polluted
@@ -555,6 +576,9 @@ impl Windows {
             self.unset(slot, Table::CodeUser, index);
         }
         let region = index / REGION_PAGES;
+        if is_user(index) {
+            self.slots[slot].direct.maps.hide(index);
+        }
         let large = if is_user(index) {
             self.slots[slot].log.regions.remove(&region).is_some()
         } else {
@@ -564,6 +588,8 @@ impl Windows {
         };
         if large {
             self.clear_region(slot, region);
+            let first = region * REGION_PAGES;
+            self.slots[slot].direct.maps.hide_range(first, REGION_PAGES);
         }
     }
 
@@ -579,7 +605,11 @@ impl Windows {
         for &(slot, index) in &found {
             self.set(slot, Table::Write, index, 0);
         }
-        !found.is_empty()
+        let mut any = !found.is_empty();
+        for window in &mut self.slots {
+            any |= window.direct.maps.revoke(host);
+        }
+        any
     }
 
     /// An entry of any window.

@@ -185,6 +185,8 @@ const SHARES: &[i64] = &[
 /// KVM's ioctls all have this type byte.
 const IOCTL_TYPE_MASK: u64 = 0xff00;
 const IOCTL_KVM: u64 = 0xae00;
+/// What a filter's listener is asked; only the listeners of spaces exist.
+const IOCTL_SECCOMP: u64 = 0x2100;
 /// What a network card's driver switches on its TAP device.
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 const TUNSETQUEUE: u64 = 0x4004_54d9;
@@ -223,6 +225,8 @@ fn any_thread(needs: Needs) -> Rules {
             libc::SYS_ftruncate,
             libc::SYS_fallocate,
             libc::SYS_membarrier,
+            // Takes a vCPU out of direct execution: reaches the processes that it has descriptors of.
+            libc::SYS_pidfd_send_signal,
             libc::SYS_rt_sigaction,
             libc::SYS_rt_sigtimedwait,
             libc::SYS_timer_create,
@@ -244,6 +248,9 @@ pub(super) fn of_thread(kind: ThreadKind, needs: Needs) -> Rules {
         // A device is started and reset by the vCPU that asks for it.
         ThreadKind::Vcpu(_) | ThreadKind::Devices => {
             rules.allow(TRANSFER).allow(SOCKETS);
+            if needs.makes_code {
+                rules.allow_masked(libc::SYS_ioctl, 1, IOCTL_TYPE_MASK, IOCTL_SECCOMP);
+            }
             // The balloon punches holes into guest memory.
             rules.allow(&[libc::SYS_fcntl, libc::SYS_fallocate]);
             if needs.disks {

@@ -1,0 +1,434 @@
+//! A visit to a space, and what becomes of what ended it.
+
+// UNSAFETY: reads code out of guest memory.
+#![expect(unsafe_code, reason = "guest memory is reached by pointer")]
+
+use std::io;
+use std::sync::PoisonError;
+
+use ringfence_x86::paging::CR4_FSGSBASE;
+use ringfence_x86::paging::PTE_ADDR;
+use ringfence_x86::paging::PTE_P;
+use ringfence_x86::state::CS;
+use ringfence_x86::state::DS;
+use ringfence_x86::state::ES;
+use ringfence_x86::state::FS;
+use ringfence_x86::state::GS;
+use ringfence_x86::state::SS;
+
+use super::maps::EXECUTE;
+use super::maps::READ;
+use super::maps::WRITE;
+use super::scan;
+use super::scan::Content;
+use super::space::Registers;
+use super::space::Space;
+use super::space::register;
+use super::stub;
+use crate::clock::tsc;
+use crate::core::Core;
+use crate::core::flag;
+use crate::fault::Fault;
+use crate::fault::Stop;
+use crate::fault::vector;
+use crate::gate::ARITHMETIC_FLAGS;
+use crate::mode::Mode;
+use crate::ram::read_raw;
+use crate::translate::PAGE_BYTES;
+use crate::walk::Access;
+use crate::walk::Translation;
+use crate::window::page_index;
+
+const PAGE: u64 = 4096;
+/// Pages around a missing one that are shown with it.
+const AROUND: u64 = 32;
+/// Pages of code that may be held between two interrupts: code that goes to and fro between such a
+/// page and others is rather translated.
+const MOST_HOLDS: u32 = 8;
+/// Selectors of user code and its stack, which the host and a Linux guest agree on.
+const USER_CODE: u16 = 0x33;
+const USER_STACK: u16 = 0x2b;
+/// Flags that user code changes by itself.
+const USER_FLAGS: u64 = ARITHMETIC_FLAGS | flag::TF | flag::DF | flag::NT | flag::AC | flag::ID;
+/// Bits of a page fault's error code.
+const ERROR_WRITE: u64 = 1 << 1;
+const ERROR_FETCH: u64 = 1 << 4;
+const TRAP_DEBUG: u64 = 1;
+const TRAP_BREAKPOINT: u64 = 3;
+const TRAP_PAGE: u64 = 14;
+const DR6_STEP: u64 = 1 << 14;
+const DIRECTION_OF_CALL: u64 = 2;
+
+/// An access that a space didn't let pass, to be made possible before the code goes on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Missing {
+    /// The address space.
+    cr3: u64,
+    address: u64,
+    access: Access,
+}
+
+/// Why a visit ended.
+struct Ended {
+    signal: u64,
+    registers: Registers,
+    /// Ticks of the time-stamp counter for the guest's code, and for all of the visit.
+    inside: u64,
+    whole: u64,
+}
+
+impl Core {
+    /// Whether the code at RIP runs directly now.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.windows.direct().pace.is_earned()
+            && self.mode == Mode::plain(64, true)
+            && self.rip >> 47 == 0
+            && self.direct.holds <= MOST_HOLDS
+            && !self.is_held()
+            && self.shared.spawner.is_some()
+            && self.msrs.tsc_offset == 0
+            && self.sys.xcr0 == self.shared.host.guest_xcr0
+            && self.sys.cr4 & CR4_FSGSBASE != 0
+            && self.has_flat_selectors()
+            && !self.uses_the_stubs_place()
+    }
+
+    /// Whether RIP is in the page that is translated until it is left.
+    fn is_held(&self) -> bool {
+        self.direct.held == Some((self.sys.cr3, page_index(self.rip)))
+    }
+
+    fn has_flat_selectors(&self) -> bool {
+        let selector = |index: usize| self.sys.segments[index].selector;
+        selector(CS) == USER_CODE
+            && selector(SS) == USER_STACK
+            && [DS, ES, FS, GS].iter().all(|&index| selector(index) == 0)
+    }
+
+    /// Whether the guest has something mapped near the stub.
+    fn uses_the_stubs_place(&self) -> bool {
+        let entry = (self.sys.cr3 & PTE_ADDR) + 8 * (stub::BASE >> 39 & 0x1ff);
+        self.shared
+            .ram
+            .load64(entry)
+            .is_none_or(|entry| entry & PTE_P != 0)
+    }
+
+    /// An interrupt found user code at work.
+    pub(crate) fn note_user_work(&mut self) {
+        self.direct.holds = 0;
+        let held = self.is_held();
+        let direct = self.windows.direct_mut();
+        direct.pace.note_work();
+        if direct.note_cpuid(held && self.direct.held_for_cpuid) {
+            self.direct.held = None;
+        }
+        self.fast_stale = true;
+    }
+
+    /// Runs user code in its space until something needs the monitor.
+    pub(crate) fn run_direct(&mut self) -> Result<(), Stop> {
+        if let Some(missing) = self.direct.missing.take()
+            && missing.cr3 == self.sys.cr3
+        {
+            self.show_if_used(page_index(missing.address), missing.access);
+        }
+        match self.visit() {
+            Ok(Some(ended)) => {
+                let fills = self.remote.counters.direct_fills.get();
+                let result = self.after_visit(&ended);
+                let filled = self.remote.counters.direct_fills.get() != fills;
+                self.judge(&ended, filled);
+                result
+            }
+            Ok(None) => Ok(()),
+            Err(_) => {
+                // Whatever happened to the space, translation needs none.
+                self.remote.counters.direct_lost.bump();
+                self.windows.direct_mut().lose();
+                self.fast_stale = true;
+                Ok(())
+            }
+        }
+    }
+
+    fn visit(&mut self) -> io::Result<Option<Ended>> {
+        let shared = std::sync::Arc::clone(&self.shared);
+        let Some(spawner) = &shared.spawner else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let direct = self.windows.direct_mut();
+        direct.enter(&spawner.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let Some(mut space) = direct.space.take() else {
+            return Ok(None);
+        };
+        self.save_fpu();
+        self.give_registers(&mut space);
+        self.remote.set_process(space.process());
+        let result = if self.remote.has_requests() {
+            Ok(None)
+        } else {
+            let start = tsc();
+            let signal = space.run();
+            let whole = tsc().wrapping_sub(start);
+            let inside = space.ticks_inside();
+            self.remote.counters.direct_visits.bump();
+            self.remote.counters.direct_ticks.add(whole);
+            signal.map(|signal| Some((signal, inside, whole)))
+        };
+        self.remote.set_process(-1);
+        let ended = match result {
+            Ok(Some((signal, inside, whole))) => {
+                let registers = self.take_registers(&space);
+                Ok(Some(Ended {
+                    signal,
+                    registers,
+                    inside,
+                    whole,
+                }))
+            }
+            Ok(None) => Ok(None),
+            Err(error) => Err(error),
+        };
+        self.load_fpu();
+        let direct = self.windows.direct_mut();
+        direct.space = Some(space);
+        ended
+    }
+
+    /// Takes a visit into account.
+    fn judge(&mut self, ended: &Ended, filled: bool) {
+        let pace = &mut self.windows.direct_mut().pace;
+        if (!filled || pace.judges_fill()) && pace.note_visit(ended.inside, ended.whole) {
+            self.fast_stale = true;
+        }
+    }
+
+    fn give_registers(&self, space: &mut Space) {
+        let mut registers: Registers = Default::default();
+        for (number, &place) in register::GENERAL.iter().enumerate() {
+            registers[place] = self.gpr(number);
+        }
+        registers[register::RIP] = self.rip;
+        // The host's own interrupts stay on whatever the guest's flag says.
+        registers[register::FLAGS] = self.rflags() & USER_FLAGS | flag::IF | flag::ONE;
+        space.set_registers(&registers);
+        let len = self.shared.host.xsave_len;
+        space.set_vectors(&self.xsave.0[..len]);
+        space.set_bases(self.segment_base(FS), self.segment_base(GS));
+    }
+
+    fn take_registers(&mut self, space: &Space) -> Registers {
+        let registers = space.registers();
+        for (number, &place) in register::GENERAL.iter().enumerate() {
+            self.set_gpr(number, registers[place]);
+        }
+        self.rip = registers[register::RIP];
+        let kept = self.rflags() & !USER_FLAGS;
+        let flags = registers[register::FLAGS] & USER_FLAGS | kept;
+        if flags != self.rflags() {
+            self.set_rflags(flags);
+        }
+        let len = self.shared.host.xsave_len;
+        space.vectors(&mut self.xsave.0[..len]);
+        self.xsave.sanitize(self.shared.host.guest_xcr0);
+        let (fs, gs) = space.bases();
+        let hot = self.hot_mut();
+        hot.seg_base[FS] = fs;
+        hot.seg_base[GS] = gs;
+        registers
+    }
+
+    /// Does what the trap asks for. The number of the signal and the registers are the guest's word:
+    /// they can only lead to what the guest could do anyhow.
+    fn after_visit(&mut self, ended: &Ended) -> Result<(), Stop> {
+        let signal = i32::try_from(ended.signal).unwrap_or(0);
+        match signal {
+            super::KICK => {
+                self.remote.counters.direct_kicks.bump();
+                Ok(())
+            }
+            libc::SIGSYS => {
+                self.remote.counters.direct_calls.bump();
+                self.rip = self.rip.wrapping_sub(DIRECTION_OF_CALL);
+                self.step()
+            }
+            libc::SIGSEGV if ended.registers[register::TRAP] == TRAP_PAGE => {
+                self.after_page_fault(&ended.registers)
+            }
+            libc::SIGTRAP if ended.registers[register::TRAP] == TRAP_BREAKPOINT => {
+                self.rip = self.rip.wrapping_sub(1);
+                self.step()
+            }
+            libc::SIGTRAP if ended.registers[register::TRAP] == TRAP_DEBUG => {
+                self.sys.dr6 |= DR6_STEP;
+                Err(Fault::bare(vector::DEBUG).into())
+            }
+            _ => {
+                self.remote.counters.direct_traps.bump();
+                self.step()
+            }
+        }
+    }
+
+    fn after_page_fault(&mut self, registers: &Registers) -> Result<(), Stop> {
+        let address = registers[register::FAULT_ADDRESS];
+        let error = registers[register::ERROR];
+        let access = if error & ERROR_FETCH != 0 {
+            Access::Fetch
+        } else if error & ERROR_WRITE != 0 {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        if address >> 47 != 0 {
+            return self.step();
+        }
+        match self.show(address, access) {
+            Ok(true) => {
+                self.remote.counters.direct_fills.bump();
+                Ok(())
+            }
+            Ok(false) if access == Access::Fetch => {
+                self.hold(page_index(address));
+                Ok(())
+            }
+            Ok(false) => self.step(),
+            Err(fault) => {
+                self.direct.missing = Some(Missing {
+                    cr3: self.sys.cr3,
+                    address,
+                    access,
+                });
+                Err(fault.into())
+            }
+        }
+    }
+
+    /// Has a page of code translated until it is left, which happens by way of the monitor: no other
+    /// page's translations are known to the code table.
+    fn hold(&mut self, page: u64) {
+        self.direct.held = Some((self.sys.cr3, page));
+        self.direct.holds += 1;
+        self.windows.forget_user_code();
+        self.fast_stale = true;
+    }
+
+    /// Makes an access possible in the space, and what lies around it. False when it isn't to be:
+    /// what lies there is a device's, holds translated code or is sensitive, or it was possible
+    /// already.
+    fn show(&mut self, address: u64, access: Access) -> Result<bool, Fault> {
+        let found = self
+            .paging()
+            .translate(&self.shared.ram, address, access, true, true)
+            .map_err(|error| Fault::page(address, error))?;
+        let page = page_index(address);
+        let direct = self.windows.direct_mut();
+        if direct.maps.allows(page, access) {
+            return Ok(false);
+        }
+        if direct.maps.is_full() {
+            direct.maps.clear();
+        }
+        if !self.show_page(page, &found, access) {
+            return Ok(false);
+        }
+        let quiet = if access == Access::Fetch {
+            Access::Fetch
+        } else {
+            Access::Read
+        };
+        let first = page & !(AROUND - 1);
+        for near in (first..first + AROUND).filter(|&near| near != page) {
+            if !self.windows.direct().maps.has(near) {
+                self.show_if_used(near, quiet);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Shows a page that the guest's tables say has been accessed; they aren't touched.
+    fn show_if_used(&mut self, page: u64, access: Access) {
+        let translated =
+            self.paging()
+                .translate(&self.shared.ram, page * PAGE, access, true, false);
+        if let Ok(found) = translated
+            && found.accessed
+            && (access != Access::Write || found.dirty)
+        {
+            self.show_page(page, &found, access);
+        }
+    }
+
+    fn show_page(&mut self, page: u64, found: &Translation, access: Access) -> bool {
+        let gpa = found.gpa & !(PAGE - 1);
+        let shared = std::sync::Arc::clone(&self.shared);
+        let (Some(host), Some(offset)) = (shared.ram.host(gpa, PAGE), shared.ram.file_offset(gpa))
+        else {
+            return false;
+        };
+        let mut protection = READ;
+        if access == Access::Fetch {
+            match self.content_of(page, host) {
+                Content::Plain => {}
+                Content::Cpuid if self.windows.direct().cpuid_traps => {}
+                content => {
+                    self.direct.held_for_cpuid = content == Content::Cpuid;
+                    return false;
+                }
+            }
+            protection |= EXECUTE;
+        } else if found.writable {
+            shared.pages.note_writable(gpa);
+            if !shared.pages.is_code(gpa) {
+                if shared.dirty_log_is_on() {
+                    shared.mark_dirty(gpa);
+                }
+                protection |= WRITE;
+            }
+        }
+        if access == Access::Write && protection & WRITE == 0 {
+            return false;
+        }
+        self.windows
+            .direct_mut()
+            .maps
+            .show(page, host, offset, protection);
+        true
+    }
+
+    /// What a page of code, together with its neighbours, may hold.
+    fn content_of(&self, page: u64, host: u64) -> Content {
+        let mut code = [0; PAGE_BYTES + scan::TAIL];
+        // SAFETY: a page of RAM.
+        unsafe { read_raw(host, &mut code[..PAGE_BYTES]) };
+        let known = self.read_code((page + 1) * PAGE, &mut code[PAGE_BYTES..]);
+        let len = if known { code.len() } else { PAGE_BYTES };
+        let content = scan::content(&code[..len], PAGE_BYTES);
+        // The page before may have been shown when this one was another.
+        let mut seam = [0; 2 * scan::TAIL];
+        let start = (page * PAGE).wrapping_sub(scan::TAIL as u64);
+        if self.read_code(start, &mut seam[..scan::TAIL]) {
+            seam[scan::TAIL..].copy_from_slice(&code[..scan::TAIL]);
+            content.max(scan::content(&seam, scan::TAIL))
+        } else {
+            content
+        }
+    }
+
+    /// Reads code of one page where user code could run it.
+    fn read_code(&self, address: u64, code: &mut [u8]) -> bool {
+        let found = self
+            .paging()
+            .translate(&self.shared.ram, address, Access::Fetch, true, false);
+        let host = found
+            .ok()
+            .and_then(|found| self.shared.ram.host(found.gpa, code.len() as u64));
+        let Some(host) = host else {
+            return false;
+        };
+        // SAFETY: bytes of RAM.
+        unsafe { read_raw(host, code) };
+        true
+    }
+}

@@ -1,0 +1,111 @@
+use std::os::fd::AsRawFd;
+use std::os::fd::OwnedFd;
+
+use super::space::Space;
+use super::space::register;
+use super::spawner::Spawner;
+use crate::mapping::Reservation;
+use crate::mapping::memory_file;
+
+const CODE: u64 = 0x40_0000;
+const RAM_BYTES: u64 = 1 << 20;
+
+fn ram() -> (OwnedFd, Reservation) {
+    let file = memory_file(c"test-ram", RAM_BYTES).expect("memfd");
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let view = Reservation::of_file(&file, RAM_BYTES, protection).expect("mapping");
+    (file, view)
+}
+
+/// A space that shows the second page of RAM at [`CODE`], with `code` in it.
+fn space_with(code: &[u8]) -> (Spawner, Space) {
+    let (file, view) = ram();
+    let spawner = Spawner::start(file.as_raw_fd()).expect("a spawner");
+    let mut space = Space::new(&spawner).expect("a space");
+    // SAFETY: inside the mapping of RAM.
+    unsafe { crate::ram::copy_raw(code.as_ptr() as u64, view.start() + 4096, code.len()) };
+    let mut maps = super::maps::Maps::default();
+    maps.show(
+        CODE / 4096,
+        view.start() + 4096,
+        4096,
+        super::maps::READ | super::maps::EXECUTE,
+    );
+    space.execute(&maps.take_pending()).expect("mapped");
+    (spawner, space)
+}
+
+fn go(space: &mut Space) -> (i32, super::space::Registers) {
+    let mut registers = space.registers();
+    registers[register::RIP] = CODE;
+    registers[register::FLAGS] = 0x202;
+    registers[register::GENERAL[3]] = 77;
+    space.set_registers(&registers);
+    let signal = space.run().expect("a signal");
+    (i32::try_from(signal).expect("small"), space.registers())
+}
+
+#[test]
+fn code_runs_until_it_makes_a_system_call() {
+    // mov eax, 42; syscall
+    let (_spawner, mut space) = space_with(&[0xb8, 42, 0, 0, 0, 0x0f, 0x05]);
+    for _ in 0..3 {
+        let (signal, registers) = go(&mut space);
+        assert_eq!(signal, libc::SIGSYS, "{registers:x?}");
+        assert_eq!(registers[register::RIP], CODE + 7);
+        assert_eq!(registers[register::GENERAL[0]], 42);
+        assert_eq!(registers[register::GENERAL[3]], 77);
+    }
+}
+
+#[test]
+fn the_stubs_own_calls_are_trapped_elsewhere() {
+    for number in [
+        libc::SYS_rt_sigreturn,
+        libc::SYS_getppid,
+        libc::SYS_exit_group,
+    ] {
+        let number = u8::try_from(number).expect("small");
+        let (_spawner, mut space) = space_with(&[0xb8, number, 0, 0, 0, 0x0f, 0x05]);
+        let (signal, registers) = go(&mut space);
+        assert_eq!(signal, libc::SIGSYS, "{registers:x?}");
+    }
+}
+
+#[test]
+fn nothing_of_the_host_is_in_a_space() {
+    // mov rbx, [rbx]: the monitor's own code, the stack, the commands for writing.
+    let (_spawner, mut space) = space_with(&[0x48, 0x8b, 0x1b]);
+    let own = code_runs_until_it_makes_a_system_call as *const () as u64;
+    let mut registers = space.registers();
+    for address in [own, &raw const registers as u64, 0, 0x7fff_ffff_e000] {
+        registers[register::RIP] = CODE;
+        registers[register::FLAGS] = 0x202;
+        registers[register::GENERAL[3]] = address;
+        space.set_registers(&registers);
+        let signal = space.run().expect("a signal");
+        assert_eq!(signal, 11);
+        assert_eq!(space.registers()[register::FAULT_ADDRESS], address);
+    }
+}
+
+#[test]
+fn code_that_destroys_its_signal_stack_loses_its_space_alone() {
+    // mov rsp, stub's frame; push in a loop until the frame is gone; syscall
+    let frame = super::stub::BASE + super::stub::FRAME;
+    let mut code = vec![0x48, 0xbf];
+    code.extend(frame.to_le_bytes());
+    // mov ecx, bytes; mov al, 0xff; rep stosb; syscall
+    code.push(0xb9);
+    code.extend(
+        u32::try_from(super::stub::FRAME_BYTES)
+            .expect("small")
+            .to_le_bytes(),
+    );
+    code.extend([0xb0, 0xff, 0xf3, 0xaa, 0x0f, 0x05]);
+    let (_spawner, mut space) = space_with(&code);
+    let (signal, _) = go(&mut space);
+    assert_eq!(signal, libc::SIGSYS);
+    let (signal, _) = go(&mut space);
+    assert_eq!(signal, libc::SIGSYS);
+}
