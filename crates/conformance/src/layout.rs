@@ -100,28 +100,29 @@ pub const LAPIC: u64 = 0xfee0_0000;
 pub const KERNEL_CODE: u16 = 0x08;
 /// Ring 0 data.
 pub const KERNEL_DATA: u16 = 0x10;
-/// Ring 3 code, 32-bit (where SYSRET to compatibility mode goes).
-pub const USER_CODE32: u16 = 0x18 | 3;
+/// Ring 3 code, 32-bit (where SYSRET to compatibility mode goes). The selectors of user code are
+/// those of Linux.
+pub const USER_CODE32: u16 = 0x20 | 3;
 /// Ring 3 data.
-pub const USER_DATA: u16 = 0x20 | 3;
+pub const USER_DATA: u16 = 0x28 | 3;
 /// Ring 3 code, 64-bit.
-pub const USER_CODE: u16 = 0x28 | 3;
-/// The task state segments: 0x30, 0x40, 0x50, 0x60 for processors 0 to 3.
-pub const TASK: u16 = 0x30;
+pub const USER_CODE: u16 = 0x30 | 3;
+/// The task state segments: 0x40, 0x50, 0x60, 0x70 for processors 0 to 3.
+pub const TASK: u16 = 0x40;
 /// Ring 0 code, 32-bit.
-pub const KERNEL_CODE32: u16 = 0x70;
+pub const KERNEL_CODE32: u16 = 0x80;
 /// Ring 0 code, 16-bit.
-pub const KERNEL_CODE16: u16 = 0x78;
+pub const KERNEL_CODE16: u16 = 0x88;
 /// Ring 0 data, 16-bit.
-pub const KERNEL_DATA16: u16 = 0x80;
+pub const KERNEL_DATA16: u16 = 0x90;
 /// A data segment that is not present.
-pub const ABSENT_DATA: u16 = 0x88;
+pub const ABSENT_DATA: u16 = 0x98;
 /// A code segment that is not present.
-pub const ABSENT_CODE: u16 = 0x90;
+pub const ABSENT_CODE: u16 = 0xa0;
 /// Ring 0 data, read only.
-pub const READ_ONLY_DATA: u16 = 0x98;
-/// Free for bodies: 0xa0 to 0xf8.
-pub const SPARE_SELECTOR: u16 = 0xa0;
+pub const READ_ONLY_DATA: u16 = 0xa8;
+/// Free for bodies: 0xb0 to 0xf8.
+pub const SPARE_SELECTOR: u16 = 0xb0;
 /// The last byte of the GDT.
 pub const GDT_LIMIT: u16 = 0xff;
 

@@ -96,13 +96,10 @@ pub(crate) struct Core {
     pub scratch_fault: Option<crate::fault::Stop>,
     /// The next instruction isn't translated: it lies where code can't be.
     pub step_once: bool,
-<<<<<<< HEAD
     /// This vCPU is emptying the code cache.
     pub clearing: bool,
-=======
     /// Direct execution, as far as it isn't its window's.
     pub direct: crate::direct::Visits,
->>>>>>> d1abcc7 (Run hot user code directly on the processor, in a space of its own)
     /// GS base that this thread has.
     pub gs_base: u64,
     /// Debugger's single step, and its breakpoints.
@@ -171,11 +168,8 @@ impl Core {
             fast_stale: true,
             scratch_fault: None,
             step_once: false,
-<<<<<<< HEAD
             clearing: false,
-=======
             direct: crate::direct::Visits::default(),
->>>>>>> d1abcc7 (Run hot user code directly on the processor, in a space of its own)
             gs_base: 0,
             single_step: false,
             breakpoints: Vec::new(),
@@ -359,7 +353,7 @@ impl Core {
             && !user.is_stepped()
             && !self.windows.is_polluted()
             // The monitor takes such code to its space.
-            && !self.windows.direct().pace.is_earned()
+            && !self.earns_direct()
             && self.windows.code_mode(true) == Some(user);
         let (lstar, keep) = (self.msrs.lstar, !self.msrs.sfmask);
         let hot = self.hot_mut();

@@ -58,3 +58,4 @@ mod window;
 pub use listing::Listing;
 pub use listing::list_translation;
 pub use vm::BtEngine;
+pub use vm::Direct;

@@ -43,6 +43,8 @@ pub(crate) struct Shared {
     pub dirty: DirtyLog,
     /// Makes processes for direct execution, where the host has what that needs.
     pub spawner: Option<Mutex<Spawner>>,
+    /// Whether it pays is not asked.
+    pub always_direct: bool,
 }
 
 /// Pages that vCPUs wrote, while somebody wants to know.

@@ -58,6 +58,20 @@ pub struct BtEngine {
     cpuid: CpuidTable,
     perf_map: Option<File>,
     code_bytes: u32,
+    direct: Direct,
+}
+
+/// When user code runs directly on the processor, in a process of its own: see
+/// [`BtEngine::with_direct`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Direct {
+    /// All code is translated.
+    #[default]
+    Never,
+    /// Code that has used its vCPU for some time, as long as that pays.
+    Earned,
+    /// Wherever it is possible: for tests.
+    Always,
 }
 
 impl BtEngine {
@@ -81,6 +95,7 @@ impl BtEngine {
             cpuid,
             perf_map: None,
             code_bytes: CODE_BYTES,
+            direct: Direct::default(),
         })
     }
 
@@ -88,6 +103,15 @@ impl BtEngine {
     #[must_use]
     pub fn with_code_limit(mut self, bytes: u32) -> Self {
         self.code_bytes = bytes;
+        self
+    }
+
+    /// Has user code run directly. It takes whole programs from five to ten times the host's time to one
+    /// or two; it isn't the default until it has been compared with the host as widely as
+    /// translation has.
+    #[must_use]
+    pub fn with_direct(mut self, direct: Direct) -> Self {
+        self.direct = direct;
         self
     }
 
@@ -104,7 +128,7 @@ impl BtEngine {
     /// What makes processes for direct execution; nothing where the host lacks what it needs, and
     /// all code is translated.
     fn direct_spawner(&self, ram: &GuestRam) -> Option<Mutex<Spawner>> {
-        if !self.host.fsgsbase || !self.host.avx {
+        if self.direct == Direct::Never || !self.host.fsgsbase || !self.host.avx {
             return None;
         }
         // Asked here: the jail forbids the question.
@@ -171,6 +195,7 @@ impl Engine for BtEngine {
             slow_writes: Mutex::new(()),
             dirty: crate::shared::DirtyLog::default(),
             spawner,
+            always_direct: self.direct == Direct::Always,
         });
         let watcher: Arc<dyn WriteWatcher> = Arc::new(DeviceWrites(Arc::downgrade(&shared)));
         setup.ram.set_watcher(&watcher);

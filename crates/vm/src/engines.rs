@@ -31,7 +31,10 @@ const ENGINES: &[Entry] = &[
     Entry {
         name: "bt",
         device: None,
-        open: |_| Ok(Box::new(ringfence_engine_bt::BtEngine::new()?)),
+        open: |_| {
+            let engine = ringfence_engine_bt::BtEngine::new()?;
+            Ok(Box::new(engine.with_direct(direct())))
+        },
     },
     #[cfg(feature = "kvm")]
     Entry {
@@ -49,6 +52,16 @@ const ENGINES: &[Entry] = &[
         open: |_| Ok(Box::new(ringfence_machine::testing::ScriptEngine::idle())),
     },
 ];
+
+/// Whether user code runs directly: what the environment asks for.
+#[cfg(feature = "bt")]
+fn direct() -> ringfence_engine_bt::Direct {
+    if std::env::var_os("RINGFENCE_BT_DIRECT").is_some_and(|value| value == "1") {
+        ringfence_engine_bt::Direct::Earned
+    } else {
+        ringfence_engine_bt::Direct::Never
+    }
+}
 
 fn find(name: &str) -> Result<&'static Entry, VmError> {
     ENGINES

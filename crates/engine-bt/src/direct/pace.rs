@@ -82,6 +82,11 @@ impl Pace {
         !worthwhile
     }
 
+    /// Whether it is for good that code doesn't run directly.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.earned < -MOST_PENALTY
+    }
+
     /// Never again, as far as interrupts can count.
     pub(crate) fn give_up(&mut self) {
         self.earned = i32::MIN;

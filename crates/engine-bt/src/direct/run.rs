@@ -80,7 +80,7 @@ struct Ended {
 impl Core {
     /// Whether the code at RIP runs directly now.
     pub(crate) fn is_direct(&self) -> bool {
-        self.windows.direct().pace.is_earned()
+        self.earns_direct()
             && self.mode == Mode::plain(64, true)
             && self.rip >> 47 == 0
             && self.direct.holds <= MOST_HOLDS
@@ -91,6 +91,12 @@ impl Core {
             && self.sys.cr4 & CR4_FSGSBASE != 0
             && self.has_flat_selectors()
             && !self.uses_the_stubs_place()
+    }
+
+    /// Whether the current address space is one whose code runs directly.
+    pub(crate) fn earns_direct(&self) -> bool {
+        let pace = &self.windows.direct().pace;
+        pace.is_earned() || self.shared.always_direct && !pace.is_given_up()
     }
 
     /// Whether RIP is in the page that is translated until it is left.
