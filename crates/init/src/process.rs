@@ -225,9 +225,8 @@ fn find(process: &Process) -> Result<Option<CString>, InitError> {
     let name = process.args.first().map_or("", String::as_str);
     let mut refused = Errno::NOENT;
     let mut tried = |path: &str| -> Option<CString> {
-        let directory = rustix::fs::stat(path)
-            .is_ok_and(|status| status.st_mode & libc::S_IFMT == libc::S_IFDIR);
-        if directory {
+        let status = rustix::fs::stat(path);
+        if status.is_ok_and(|status| status.st_mode & libc::S_IFMT == libc::S_IFDIR) {
             refused = Errno::ACCESS;
             return None;
         }
@@ -238,7 +237,9 @@ fn find(process: &Process) -> Result<Option<CString>, InitError> {
             rustix::fs::AtFlags::EACCESS,
         ) {
             Ok(()) => CString::new(path).ok(),
-            Err(Errno::NOSYS) => CString::new(path).ok(),
+            // The kernel is older than the call, or a filter is that doesn't know it: execve says.
+            Err(Errno::NOSYS | Errno::PERM) if status.is_ok() => CString::new(path).ok(),
+            Err(Errno::NOSYS | Errno::PERM) => None,
             Err(error) => {
                 if error != Errno::NOENT {
                     refused = error;

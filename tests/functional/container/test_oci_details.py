@@ -239,3 +239,16 @@ def test_a_process_is_sent_by_descriptor(runtime: Runtime, name: str, tmp_path: 
     connection.close()
 
     assert f"Pid:\t{runtime.pid(name)}\n" in shown
+
+
+def test_a_filter_that_knows_no_young_calls_lets_programs_be_found(
+    runtime: Runtime, name: str, tmp_path: Path
+) -> None:
+    refused = {"names": ["faccessat2", "statx"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}
+    seccomp = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [refused]}
+    bundle = make_bundle(
+        tmp_path / "b", "echo", "found",
+        linux={"seccomp": seccomp}, process={"noNewPrivileges": False},
+    )  # fmt: skip
+
+    assert runtime("run", "--bundle", str(bundle), name) == "found\n"
