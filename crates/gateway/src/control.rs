@@ -275,6 +275,7 @@ fn status(gateway: &Gateway) -> Value {
         "buffer_bytes": world.budget.used,
         "counters": world.counters,
         "refused": world.refusals.counts,
+        "policy": world.written_policy,
         "captured_frames": world.capture.frames,
         "capture_dropped": world.capture.dropped,
     })

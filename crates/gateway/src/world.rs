@@ -170,6 +170,8 @@ pub(crate) struct World {
     pub(crate) ports: Slab<Port>,
     pub(crate) by_mac: HashMap<Mac, Id>,
     pub(crate) policy: Policy,
+    /// The same as it was written.
+    pub(crate) written_policy: crate::config::PolicyConfig,
     pub(crate) pins: Pins,
     pub(crate) names: BTreeMap<String, Vec<IpAddr>>,
     pub(crate) nameservers: Vec<IpAddr>,
@@ -192,6 +194,7 @@ impl World {
             ports: Slab::default(),
             by_mac: HashMap::new(),
             policy,
+            written_policy: config.policy.clone(),
             pins: Pins::default(),
             names: lower(&config.names),
             nameservers: config.nameservers.clone(),
@@ -259,6 +262,7 @@ impl World {
         config: &crate::config::PolicyConfig,
     ) -> Result<(), RuleError> {
         self.policy = Policy::new(config)?;
+        self.written_policy = config.clone();
         Ok(())
     }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from ringfence.cli import output
 from ringfence.errors import ConfigError, NotFoundError, StateError
 from ringfence.machine import state
-from ringfence.network import Policy, gateway, manage
+from ringfence.network import Policy, Rule, gateway, manage
 from ringfence.network.store import Store
 from ringfence.network.user import control_path
 
@@ -88,23 +88,29 @@ def change_policy(args: argparse.Namespace) -> int:
 
 def _show_policy(name: str) -> int:
     spec = Store().get(name)
-    found: list[tuple[str, Policy]] = []
+    rows: list[tuple[str, str]] = []
     if spec is not None:
-        found.append((spec.name, spec.policy))
-        found += [(one.name, one.policy) for one, lives in Store().members(name) if lives]
+        rows += _rows(spec.name, spec.policy)
+        for member, lives in Store().members(name):
+            if lives and member.policy.says_something:
+                rows += _rows(member.name or member.machine_id, member.policy)
     else:
         record = state.find(name).record
-        found += [(one.name, member.policy) for one, member in _memberships(record.id)]
+        for shared, member in _memberships(record.id):
+            rows += _rows(shared.name, member.policy)
         if "user" in record.network.split(", "):
             with reach_gateway(name) as running:
-                output.print_json(running.status().get("policy"))
-    rows = [(whose, str(rule)) for whose, policy in found for rule in policy.rules] + [
-        (whose, "default deny" if policy.refuses_by_default else "default allow")
-        for whose, policy in found
-    ]
-    if rows:
-        output.print_table(("WHOSE", "RULE"), sorted(rows))
+                document = cast("dict[str, object]", running.status()["policy"])
+            rules = cast("list[dict[str, object]]", document["rules"])
+            rows += [("user", str(Rule.of(rule))) for rule in rules]
+            rows.append(("user", f"{document['default']} the rest"))
+    output.print_table(("WHOSE" if spec is not None else "NETWORK", "RULE"), rows)
     return 0
+
+
+def _rows(whose: str, policy: Policy) -> list[tuple[str, str]]:
+    rest = "deny" if policy.refuses_by_default else "allow"
+    return [*((whose, str(rule)) for rule in policy.rules), (whose, f"{rest} the rest")]
 
 
 def _refusals(name: str) -> dict[str, object]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, Self, cast
 
 from ringfence.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["Policy", "Rule", "parse_rule"]
 
@@ -60,6 +63,18 @@ class Rule:
         if self.transport is not None:
             found["transport"] = self.transport
         return found
+
+    @classmethod
+    def of(cls, document: Mapping[str, object]) -> Self:
+        """The rule of what :meth:`document` said."""
+        ports = cast("list[list[int]]", document.get("ports") or [])
+        return cls(
+            action=cast("Action", document["action"]),
+            cidr=str(document.get("cidr") or ""),
+            domain=str(document.get("domain") or ""),
+            ports=tuple((first, last) for first, last in ports),
+            transport=cast("Transport | None", document.get("transport")),
+        )
 
     def __str__(self) -> str:
         """As it is written."""

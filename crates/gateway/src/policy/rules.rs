@@ -6,13 +6,14 @@ use std::ops::RangeInclusive;
 use std::time::Instant;
 
 use serde::Deserialize;
+use serde::Serialize;
 
 use super::Pins;
 use super::closed;
 use super::unwrapped;
 
 /// What a rule does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {
     /// Admits.
@@ -22,7 +23,7 @@ pub enum Action {
 }
 
 /// What a rule is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
     /// TCP connections.
@@ -34,11 +35,11 @@ pub enum Transport {
 }
 
 /// First and last port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct PortRange(pub u16, pub u16);
 
 /// One rule: exactly one of `cidr` and `domain`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RuleConfig {
     /// What it does.
@@ -58,7 +59,7 @@ pub struct RuleConfig {
 }
 
 /// All rules.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct PolicyConfig {
     /// What becomes of what no rule is about.
