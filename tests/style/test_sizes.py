@@ -11,7 +11,7 @@ KNOWN = {
     "crates/engine-bt/src/step/flow.rs": 720,
     "crates/engine-bt/src/translate/memory.rs": 640,
     "crates/engine-bt/src/translate/plan.rs": 660,
-    "crates/engine-bt/src/window.rs": 760,
+    "crates/engine-bt/src/window.rs": 690,
 }
 
 
