@@ -45,6 +45,8 @@ def run(rounds: int, *, engine: str, log: Log) -> list[Suite]:
             except (RuntimeError, TimeoutError, ConnectionError) as error:
                 suite.notes.append(f"{system}, round {number + 1}: {str(error)[-400:]}")
                 continue
+            # A run that is cut off has said what it had.
+            log(f"  to init {outcome.first_s:.3f} s, whole {outcome.whole_s:.3f} s\n")
             suite.add("to init", system, outcome.first_s)
             suite.add("whole", system, outcome.whole_s)
     for system in runs:

@@ -119,6 +119,7 @@ def _devices(rounds: int, engine: str, log: Log) -> Suite:
                 continue
             for timed in outcome.timed:
                 if timed.name in TRANSFERS:
+                    log(f"  {timed.name} {timed.seconds:.3f} s\n")
                     suite.add(timed.name, system, timed.seconds)
     for name in TRANSFERS:
         ratio = suite.ratio(name, "QEMU", engine)
