@@ -57,7 +57,8 @@ const TRAP_DEBUG: u64 = 1;
 const TRAP_BREAKPOINT: u64 = 3;
 const TRAP_PAGE: u64 = 14;
 const DR6_STEP: u64 = 1 << 14;
-const DIRECTION_OF_CALL: u64 = 2;
+/// Bytes of SYSCALL and of INT n.
+const CALL_BYTES: u64 = 2;
 
 /// An access that a space didn't let pass, to be made possible before the code goes on.
 #[derive(Clone, Copy, Debug)]
@@ -256,7 +257,7 @@ impl Core {
             }
             libc::SIGSYS => {
                 self.remote.counters.direct_calls.bump();
-                self.rip = self.rip.wrapping_sub(DIRECTION_OF_CALL);
+                self.rip = self.rip.wrapping_sub(CALL_BYTES);
                 self.step()
             }
             libc::SIGSEGV if ended.registers[register::TRAP] == TRAP_PAGE => {
