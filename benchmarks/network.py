@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 SECONDS = 3
 SHORT = 2000
+AT_ONCE = 1000
 _TUN = Path("/dev/net/tun")
 _USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 _MTU = "65520"
-WORKS = ("TCP out", "TCP in", "short connections")
+WORKS = ("TCP out", "TCP in", "short connections", "connections, 1,000 at once")
 
 _CONNECT = """
 import socket, sys, time
@@ -43,6 +44,20 @@ for _ in range(count):
     with socket.create_connection((host, 7), timeout=10) as s:
         s.sendall(b"x")
         s.recv(1)
+print(count / (time.monotonic() - start))
+"""
+
+
+_AT_ONCE = """
+import resource, socket, sys, time
+host, count = sys.argv[1], int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+start = time.monotonic()
+many = [socket.create_connection((host, 7), timeout=10) for _ in range(count)]
+for one in many:
+    one.sendall(b"x")
+for one in many:
+    assert one.recv(1) == b"x"
 print(count / (time.monotonic() - start))
 """
 
@@ -155,11 +170,12 @@ def _measure(suite: Suite, guest: Namespace, peer: Peer, system: str) -> None:
             continue
         bits = float(done["end"]["sum_received"]["bits_per_second"])
         suite.add(work, system, bits / 1e9, "Gbit/s")
-    done = guest.run(sys.executable, "-IS", "-c", _CONNECT, peer.v4, str(SHORT))
-    if done.returncode == 0:
-        suite.add("short connections", system, float(done.stdout), "1/s")
-    else:
-        suite.notes.append(f"{system}, short connections: {done.stderr.splitlines()[-1]}")
+    for work, source, count in ((WORKS[2], _CONNECT, SHORT), (WORKS[3], _AT_ONCE, AT_ONCE)):
+        done = guest.run(sys.executable, "-IS", "-c", source, peer.v4, str(count))
+        if done.returncode == 0:
+            suite.add(work, system, float(done.stdout), "1/s")
+        else:
+            suite.notes.append(f"{system}, {work}: {done.stderr.splitlines()[-1]}")
 
 
 def _table(suite: Suite, systems: tuple[str, ...]) -> None:

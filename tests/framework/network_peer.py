@@ -5,6 +5,7 @@
 | TCP 7, UDP 7 | echo |
 | TCP 9 | counts what comes until the other side has said all, then says how much it was |
 | TCP 19 | reads a number and a newline, sends that many bytes |
+| TCP 25 | speaks first, then echoes |
 | TCP 80 | HTTP; says who asked |
 | TCP 81 | resets each connection |
 | TCP 443 | answers the first bytes, whatever they are |
@@ -27,6 +28,12 @@ class _Echo(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         while data := self.request.recv(65536):
             self.request.sendall(data)
+
+
+class _Greet(_Echo):
+    def handle(self) -> None:
+        self.request.sendall(b"welcome")
+        super().handle()
 
 
 class _Count(socketserver.BaseRequestHandler):
@@ -129,7 +136,7 @@ def main() -> None:
                 answer = _answer(query, own, by_tcp=True)
                 self.request.sendall(len(answer).to_bytes(2, "big") + answer)
 
-    handlers = {7: _Echo, 9: _Count, 19: _Source, 81: _Reset, 443: _First, 53: Names}
+    handlers = {7: _Echo, 9: _Count, 19: _Source, 25: _Greet, 81: _Reset, 443: _First, 53: Names}
     servers: list[socketserver.TCPServer] = [
         _Server(("::", port), handler) for port, handler in handlers.items()
     ]

@@ -28,6 +28,7 @@ use crate::config::PublishConfig;
 use crate::events::Source;
 use crate::fds::Fds;
 use crate::gateway::Gateway;
+use crate::relay::RelayConfig;
 use crate::slab::Id;
 use crate::slab::Slab;
 use crate::world::World;
@@ -180,6 +181,7 @@ enum Request {
         port: Option<String>,
     },
     CaptureStop,
+    SetRelay(RelayConfig),
     Stop,
 }
 
@@ -246,6 +248,13 @@ fn perform(
             let fd = fds.take(fd)?;
             gateway.world.capture.start(fd, port)?;
         }
+        Request::SetRelay(config) => {
+            for &fd in &config.listen {
+                gateway.relay.listen(&gateway.world, fds.take(fd)?)?;
+            }
+            let world = &mut gateway.world;
+            gateway.relay.set_machines(world, &config.machines)?;
+        }
         Request::CaptureStop => gateway.world.capture.stop(),
         Request::Stop => gateway.stopping = true,
     }
@@ -272,6 +281,7 @@ fn status(gateway: &Gateway) -> Value {
         "ports": ports,
         "tcp_connections": gateway.tcp.len(),
         "udp_flows": gateway.udp.len(),
+        "relay": { "listening": gateway.relay.listening(), "connections": gateway.relay.len() },
         "buffer_bytes": world.budget.used,
         "counters": world.counters,
         "refused": world.refusals.counts,

@@ -26,9 +26,15 @@ pub(crate) enum Source {
     UdpPublish,
     ControlListener,
     Control,
+    /// Where the host's kernel leads connections that are to be looked at.
+    RelayListener,
+    /// The guest's side of one.
+    RelayNear,
+    /// The other side.
+    RelayFar,
 }
 
-const SOURCES: [Source; 10] = [
+const SOURCES: [Source; 13] = [
     Source::Link,
     Source::Tcp,
     Source::Udp,
@@ -39,6 +45,9 @@ const SOURCES: [Source; 10] = [
     Source::UdpPublish,
     Source::ControlListener,
     Source::Control,
+    Source::RelayListener,
+    Source::RelayNear,
+    Source::RelayFar,
 ];
 
 fn encode(source: Source, id: Id) -> u64 {

@@ -25,6 +25,7 @@ use crate::neighbours;
 use crate::ping::Ping;
 use crate::policy::Policy;
 use crate::port::Port;
+use crate::relay::Relay;
 use crate::slab::Id;
 use crate::slab::Slab;
 use crate::tcp::Tcp;
@@ -61,6 +62,7 @@ pub struct Gateway {
     pub(crate) udp: Udp,
     pub(crate) ping: Ping,
     pub(crate) dns: Dns,
+    pub(crate) relay: Relay,
     control: Control,
     listeners: Slab<Listener>,
     published: HashMap<u64, Published>,
@@ -94,6 +96,7 @@ impl Gateway {
             tcp: Tcp::default(),
             ping: Ping::default(),
             dns: Dns::default(),
+            relay: Relay::default(),
             control,
             listeners: Slab::default(),
             published: HashMap::new(),
@@ -284,6 +287,10 @@ impl Gateway {
             Source::UdpPublish => self.udp.publish_event(world, id),
             Source::ControlListener => self.control.accept(world),
             Source::Control => crate::control::serve(self, id),
+            Source::RelayListener => self.relay.accept(world, id),
+            Source::RelayNear | Source::RelayFar => {
+                self.relay.event(id, event.source, event.flags);
+            }
         }
     }
 
@@ -405,6 +412,7 @@ impl Gateway {
         self.unthrottle();
         let pause = self.read_links();
         self.tcp.run(&mut self.world);
+        self.relay.run(&mut self.world);
         self.serve_name_streams();
         self.world.capture.flush();
         let mut wait = most;
@@ -414,7 +422,7 @@ impl Gateway {
         for pause in [pause, self.unthrottle()].into_iter().flatten() {
             at_most(pause);
         }
-        if self.tcp.has_ready() {
+        if self.tcp.has_ready() || self.relay.has_ready() {
             at_most(Duration::ZERO);
         }
         let now = Instant::now();

@@ -29,6 +29,7 @@ type AnyError = Box<dyn Error + Send + Sync>;
 /// Calls with any arguments.
 const CALLS: &[i64] = &[
     libc::SYS_accept4,
+    libc::SYS_bind,
     libc::SYS_brk,
     libc::SYS_clock_gettime,
     libc::SYS_close,

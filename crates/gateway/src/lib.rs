@@ -30,6 +30,7 @@ mod neighbours;
 mod ping;
 mod policy;
 mod port;
+mod relay;
 mod segment;
 mod slab;
 mod switch;

@@ -352,9 +352,20 @@ impl World {
         reason: &Reason,
     ) {
         let name = self.ports.get(port).map(|port| port.name.clone());
+        self.refuse_of(name.unwrap_or_default(), transport, destination, reason);
+    }
+
+    /// [`Self::refuse`] by the machine's name.
+    pub(crate) fn refuse_of(
+        &mut self,
+        name: String,
+        transport: Transport,
+        destination: SocketAddr,
+        reason: &Reason,
+    ) {
         let refusal = Refusal {
             time: crate::log::seconds(),
-            port: name.unwrap_or_default(),
+            port: name,
             transport: match transport {
                 Transport::Tcp => "tcp",
                 Transport::Udp => "udp",

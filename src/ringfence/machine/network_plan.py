@@ -46,7 +46,7 @@ def _refuse_without(spec: MachineSpec) -> None:
     """A machine without a network has nothing that belongs to one."""
     asked = {
         "publish ports": spec.ports,
-        "have egress rules": spec.policy.rules,
+        "have egress rules": spec.policy.says_something,
         "have name servers": spec.dns,
         "have a bandwidth": spec.bandwidth is not None,
     }

@@ -184,7 +184,7 @@ class Names:
             return None
         self._asked += 1
         try:
-            heard = await self._ask(query, end, stream=stream)
+            heard = await self._ask(query, end, source, stream=stream)
             if heard is not None:
                 await self._pin(source, name, addresses(heard))
         except (ValueError, struct.error, OSError):
@@ -204,10 +204,12 @@ class Names:
                 count += 1
         return reply(query, end, 0, records, count)
 
-    async def _ask(self, query: bytes, end: int, *, stream: bool) -> bytes | None:
+    async def _ask(self, query: bytes, end: int, source: str, *, stream: bool) -> bytes | None:
+        own = self._map("servers_of").get(source)
+        servers = own if isinstance(own, list) else self._list("servers")
         fresh = secrets.token_bytes(2)
         sent = fresh + query[2:]
-        for server in self._list("servers"):
+        for server in servers:
             try:
                 asking = _ask_stream if stream else _ask_datagram
                 heard = await asyncio.wait_for(asking(server, sent), _ASK_TIMEOUT_S)

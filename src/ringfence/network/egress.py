@@ -1,7 +1,8 @@
 """Egress rules as the host's packet filter has them.
 
 A rule about a name holds for the addresses in a set that the network's name server fills
-(:mod:`ringfence.network.names`). Each refusal is counted by its reason, noted in a set with who
+(:mod:`ringfence.network.names`), and a connection that is open by it has to show such a name
+(:mod:`ringfence.network.relay`). Each refusal is counted by its reason, noted in a set with who
 asked for what, and written to the kernel's log, at most five a second.
 """
 
@@ -24,6 +25,7 @@ __all__ = [
     "REASONS",
     "Owner",
     "add_chains",
+    "add_inspection",
     "add_lan_chains",
     "add_refusals",
     "check_lan",
@@ -33,7 +35,7 @@ __all__ = [
     "refusal_sets",
 ]
 
-REASONS = ("closed", "denied", "not_allowed", "host", "inbound", "loopback")
+REASONS = ("closed", "denied", "not_allowed", "no_name", "host", "inbound", "loopback")
 # Providers' metadata and agent addresses.
 _METADATA = {
     4: "169.254.169.254, 100.100.100.200, 168.63.129.16, 192.0.0.192",
@@ -44,6 +46,8 @@ _CLOSED = {
     4: f"169.254.0.0/16, {_METADATA[4].partition(', ')[2]}",
     6: f"fe80::/10, {_METADATA[6]}",
 }
+# It hides the name that it is for.
+_QUIC = "udp dport 443"
 _NOTES = "flags dynamic,timeout; timeout 1h; size 512"
 _PINS = "flags timeout; timeout 5m; size 16384"
 _ADDRESS = {4: "ipv4_addr", 6: "ipv6_addr"}
@@ -203,21 +207,81 @@ def _is_closed(cidr: str) -> bool:
     return cidr.startswith(closed)
 
 
-def _chain(owner: Owner, admit: str) -> Iterator[str]:
+def _ordered(owner: Owner, action: str) -> Iterator[tuple[Rule, list[str]]]:
+    """An owner's rules, those about addresses first, with what each is about."""
+    named = []
     for index, rule in enumerate(owner.policy.rules):
-        verdict = "jump refuse_denied" if rule.action == "deny" else admit
-        subjects = [rule.cidr]
-        if rule.domain:
-            subjects = [f"@{pin_set(owner, index, version)}" for version in _FAMILY]
-        yield from _about(rule, subjects, verdict)
+        if rule.action == action and rule.domain:
+            named.append((rule, [f"@{pin_set(owner, index, version)}" for version in _FAMILY]))
+        elif rule.action == action:
+            yield rule, [rule.cidr]
+    yield from named
+
+
+def _denies_names(owner: Owner) -> bool:
+    return any(rule.action == "deny" and rule.domain for rule in owner.policy.rules)
+
+
+def _chain(owner: Owner, admit: str, refuse: str = "") -> Iterator[str]:
+    """Rules as a chain that ends in ``admit``, or in ``refuse`` (the reason's chain when empty)."""
+    for rule, subjects in _ordered(owner, "deny"):
+        yield from _about(rule, subjects, refuse or "jump refuse_denied")
+    if _denies_names(owner):
+        yield f"{_QUIC} {refuse or 'jump refuse_no_name'}"
+    for rule, subjects in _ordered(owner, "allow"):
+        if rule.domain and owner.policy.refuses_by_default:
+            hidden = f"{_QUIC} {{}} daddr {{}} {refuse or 'jump refuse_no_name'}"
+            yield from (hidden.format(_family_of(one), one) for one in subjects)
+        yield from _about(rule, subjects, admit)
     if owner.policy.refuses_by_default:
-        yield "jump refuse_not_allowed"
+        yield refuse or "jump refuse_not_allowed"
+
+
+def add_inspection(table: Table, everyone: Sequence[Owner], relayed_by: Sequence[str]) -> None:
+    """Adds a chain ``inspect`` that leads connections elsewhere which have to show their names.
+
+    Those that are refused are left to the chains that refuse them.
+
+    Args:
+        table: Gets it.
+        everyone: The network first.
+        relayed_by: Where to, at most one address of each version.
+    """
+    inspect = [f"{_FAMILY[n]} daddr {{ {_CLOSED[n]} }} accept" for n in _FAMILY]
+    for step, chain in (("admits", _admits), ("looks", _looks)):
+        for owner in everyone:
+            if owner.policy.says_something:
+                name = f"{step}_{owner.key}"
+                table.chain(name, chain(owner))
+                sources = [f"{_family(one)} saddr {one} " for one in owner.addresses] or [""]
+                inspect += [f"{source}jump {name}" for source in sources]
+    table.chain("inspect", inspect)
+    lines = []
+    for text in relayed_by:
+        version, family = ("6", "ip6") if text.startswith("[") else ("4", "ip")
+        lines.append(f"meta nfproto ipv{version} meta l4proto tcp dnat {family} to {text}")
+    table.chain("relay", lines)
+
+
+def _admits(owner: Owner) -> Iterator[str]:
+    return _chain(owner, "return", "accept")
+
+
+def _looks(owner: Owner) -> Iterator[str]:
+    if _denies_names(owner):
+        yield "jump relay"
+    elif owner.policy.refuses_by_default:
+        for rule, subjects in _ordered(owner, "allow"):
+            yield from _about(rule, subjects, "jump relay" if rule.domain else "return")
+
+
+def _family_of(subject: str) -> str:
+    return "ip6" if ":" in subject or subject.endswith("_6") else "ip"
 
 
 def _about(rule: Rule, subjects: Sequence[str], verdict: str) -> Iterator[str]:
     for subject in subjects:
-        family = "ip6" if ":" in subject or subject.endswith("_6") else "ip"
-        where = f"{family} daddr {subject}"
+        where = f"{_family_of(subject)} daddr {subject}"
         if not rule.ports and rule.transport is None:
             yield f"{where} {verdict}"
             continue

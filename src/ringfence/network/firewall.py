@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from ringfence.errors import HostError
-from ringfence.network import egress, tables
+from ringfence.network import egress, relay, tables
 from ringfence.network.options import PublishedPort
 from ringfence.network.tables import Table
 
@@ -47,9 +47,22 @@ class Passage:
 
 
 def apply(
-    table: str, bridge: str, spec: NetworkSpec, passage: Passage, members: Sequence[Member]
+    table: str,
+    bridge: str,
+    spec: NetworkSpec,
+    passage: Passage,
+    members: Sequence[Member],
+    relayed_by: Sequence[str],
 ) -> None:
     """Writes a network's tables anew; what was counted stays.
+
+    Args:
+        table: Their name.
+        bridge: The network's.
+        spec: The network.
+        passage: What passes.
+        members: Who is on it.
+        relayed_by: Where connections are looked at that are open by their names.
 
     Raises:
         HostError: The kernel refuses.
@@ -71,6 +84,11 @@ def apply(
     inet.chain("input", _input(bridge, first, passage, ruled=ruled), inside)
     _translate(inet, bridge, spec, passage, members)
     _open_host(inet, bridge, first, everyone)
+    if relayed_by:
+        egress.add_inspection(inet, everyone, relayed_by)
+        strange = f'iifname "{bridge}" meta l4proto tcp fib daddr type != local'
+        inet.chains["prerouting"].append(f"{strange} jump inspect")
+        _translate_relayed(inet, bridge, spec, members)
     tables.write(inet, _own_addresses(table, members))
 
 
@@ -189,6 +207,26 @@ def _translate(
     published = [line for member in members for line in _published(member)]
     for hook, priority in (("prerouting", "dstnat"), ("output", "-100")):
         inet.chain(hook, published, f"type nat hook {hook} priority {priority}; policy accept;")
+
+
+def _translate_relayed(
+    inet: Table, bridge: str, spec: NetworkSpec, members: Sequence[Member]
+) -> None:
+    """Connections that the relay passes on are seen by their machines' addresses."""
+    untag = []
+    tags = relay.tags(spec, members)
+    for subnet in spec.subnets if tags else ():
+        family = "ip6" if ":" in subnet else "ip"
+        own = ipaddress.ip_network(subnet)[1]
+        for member in members:
+            if (tag := tags.get(member.machine_id)) is None:
+                continue
+            mine = next(one for one in member.addresses if (":" in one) == (":" in subnet))
+            where = f'oifname != "{bridge}" {family} saddr {own} {family} dscp {tag}'
+            inet.chains["postrouting"].append(f"{where} snat {family} to {mine}")
+        untag.append(f'oifname != "{bridge}" ct original {family} saddr {own} {family} dscp set 0')
+    if untag:
+        inet.chain("untag", untag, "type filter hook postrouting priority 300; policy accept;")
 
 
 def _open_host(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ringfence.network.options import PublishedPort
 
-__all__ = ["Gateway", "bind_published", "connect", "spawn"]
+__all__ = ["Gateway", "bind_published", "connect", "spawn", "stop"]
 
 _MAX_ANSWER = 1 << 20
 _TIMEOUT_S = 10.0
@@ -222,6 +222,14 @@ def connect(path: Path) -> Gateway:
         StateError: There is none.
     """
     return Gateway(_connect(path))
+
+
+def stop(path: Path, log: Path) -> None:
+    """Ends a gateway that another process started, if it runs, and what it left."""
+    with suppress(StateError), connect(path) as running:
+        running.call("stop")
+    _unlink(path)
+    _unlink(log)
 
 
 def bind_published(port: PublishedPort, *, listen: bool = True) -> socket.socket:

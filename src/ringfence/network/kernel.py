@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringfence.errors import ConfigError, HostError
-from ringfence.network import dnsmasq, firewall, gateway, lan, links, names, tap
+from ringfence.network import dnsmasq, firewall, gateway, lan, links, names, relay, tap
 from ringfence.network.attachment import Attachment, NetnsPlan
 from ringfence.network.interfaces import interface_of
 from ringfence.network.options import Rate
 from ringfence.network.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from contextlib import ExitStack
 
     from ringfence.guest.spec import InterfaceSpec
     from ringfence.network.firewall import Passage
     from ringfence.network.options import AttachOptions, Kind, PublishedPort
+    from ringfence.network.policy import Policy
     from ringfence.network.store import Member, NetworkSpec
 
 __all__ = ["KernelMode", "bridge_of", "describe", "refusals", "routes_to", "table_of"]
@@ -61,12 +62,17 @@ def refusals(spec: NetworkSpec) -> dict[str, object]:
     members = [member for member, _ in Store().members(spec.name)]
     owner = {ip: one.name or one.machine_id for one in members for ip in one.addresses}
     recent = firewall.refusals(table_of(spec)) + names.refusals(Store().folder(spec.name))
+    relayed, passed_on = relay.refusals(spec)
     for one in recent:
         one["port"] = owner.get(str(one["address"]), one["address"])
+    recent += passed_on
     recent.sort(key=lambda one: float(str(one["time"])))
     counts: dict[str, int] = {}
     with suppress(HostError):
         counts = {name: n for name, n in firewall.counters(table_of(spec)).items() if n}
+    for reason, count in relayed.items():
+        name = reason.replace("-", "_")
+        counts[name] = counts.get(name, 0) + count
     return {"counts": counts, "recent": recent}
 
 
@@ -100,6 +106,12 @@ def _forward_packets() -> None:
             if (folder / "accept_ra").read_text().strip() == "1":
                 (folder / "accept_ra").write_text("2")
     _set(six / "all" / "forwarding", "1")
+
+
+def _rules_names(policies: Iterable[Policy]) -> bool:
+    """Whether names are told by a server of our own."""
+    # What can't be reached needs no address, and a name server is a way out for data.
+    return any(one.about_names or one.refuses_by_default for one in policies)
 
 
 class KernelMode:
@@ -143,7 +155,9 @@ class KernelMode:
         _set(_SYSCTL / "ipv4" / "conf" / bridge / "route_localnet", "1")
         if self._passage.outside or self._passage.inside:
             _forward_packets()
-        interface = interface_of(spec, member, routed=self._passage.outside, dns=options.dns)
+        # Where rules are about names, only what our own server answered is open.
+        dns = () if _rules_names((spec.policy, options.policy)) else options.dns
+        interface = interface_of(spec, member, routed=self._passage.outside, dns=dns)
         published = _reserve(options, stack)
         return plug(spec, member, kind, interface, (options, published), stack)
 
@@ -154,12 +168,13 @@ class KernelMode:
         if not members:
             return
         bridge = bridge_of(spec)
-        firewall.apply(table_of(spec), bridge, spec, self._passage, members)
         folder = Store().folder(spec.name)
         first = self._first(spec)
         policies = (spec.policy, *(member.policy for member in members))
-        # What can't be reached needs no address, and a name server is a way out for data.
-        ruled = any(one.about_names or one.refuses_by_default for one in policies)
+        looked_at = self._passage.outside and any(one.about_names for one in policies)
+        relayed_by = relay.apply(spec, members, first) if looked_at else []
+        firewall.apply(table_of(spec), bridge, spec, self._passage, members, relayed_by)
+        ruled = _rules_names(policies)
         serving = dnsmasq.Serving(
             folder=folder,
             bridge=bridge,
@@ -176,6 +191,7 @@ class KernelMode:
 
     def down(self, spec: NetworkSpec) -> None:
         """Takes the bridge, the rules and the name server away."""
+        relay.stop(spec)
         names.stop(Store().folder(spec.name))
         dnsmasq.stop(Store().folder(spec.name))
         firewall.delete(table_of(spec))

@@ -233,7 +233,12 @@ def remove(name: str) -> None:
     Raises:
         HostError: The kernel refuses.
     """
-    with _route(f"remove the link {name}") as route:
-        index = _index(route, name)
-        if index is not None:
-            route.link("del", index=index)
+    try:
+        with _route(f"remove the link {name}") as route:
+            index = _index(route, name)
+            if index is not None:
+                route.link("del", index=index)
+    except HostError as error:
+        # It goes by itself when the namespace of its other end does: maybe meanwhile.
+        if error.errno != errno.ENODEV:
+            raise

@@ -301,6 +301,7 @@ def _member(store: Store, spec: NetworkSpec, machine_id: str, options: AttachOpt
         mac=mac,
         addresses=leases.choose(spec, others, options) if spec.subnets else (),
         publish=tuple(str(port) for port in options.publish),
+        dns=options.dns,
         **options.policy.written(),  # type: ignore[arg-type]
     )
 

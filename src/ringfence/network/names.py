@@ -38,6 +38,7 @@ def _document(
         "nft": shutil.which("nft") or "/usr/sbin/nft",
         "listen": list(serving.first),
         "servers": addresses.host_nameservers() if serving.routed else [],
+        "servers_of": {ip: list(one.dns) for one in members if one.dns for ip in one.addresses},
         "names": {**names, dnsmasq.HOST_NAME: list(serving.first)},
         "machines": {ip: owner.key for owner in everyone for ip in owner.addresses},
         "policies": {owner.key: _policy(owner) for owner in everyone},

@@ -99,10 +99,4 @@ def settle(spec: NetworkSpec, members: Sequence[Member], names: Mapping[str, lis
 
 def down(spec: NetworkSpec) -> None:
     """Ends the gateway."""
-    path = user.control_path(spec.name)
-    with suppress(StateError), gateway.connect(path) as running:
-        running.call("stop")
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
-    with suppress(OSError):
-        user.log_path(spec.name).unlink(missing_ok=True)
+    gateway.stop(user.control_path(spec.name), user.log_path(spec.name))

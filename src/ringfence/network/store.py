@@ -92,6 +92,7 @@ class Member:
         resolve_all: Names are resolved even if no rule allows them.
         send_bytes_per_s: How fast the host's kernel lets it send; as fast as it goes when None.
         receive_bytes_per_s: Likewise.
+        dns: Name servers that it wants asked, instead of the host's.
     """
 
     machine_id: str
@@ -106,6 +107,7 @@ class Member:
     resolve_all: bool = False
     send_bytes_per_s: int | None = None
     receive_bytes_per_s: int | None = None
+    dns: tuple[str, ...] = ()
 
     @property
     def policy(self) -> Policy:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ringfence.errors import ConfigError, ConflictError, NotFoundError, UnsupportedError
-from ringfence.network import Policy, PublishedPort, attach, manage
+from ringfence.network import Policy, PublishedPort, attach, links, manage
 from ringfence.network.kernel import bridge_of, describe, table_of
 from ringfence.network.store import NetworkSpec, Store
 from tests.functional.network.test_shared import addresses, pings
@@ -243,3 +243,9 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(monkeypatch: pytest.Monkey
     with pytest.raises(UnsupportedError, match="needs root"):
         attach("nat", "m", "vm")
     assert (_links(), _tables(), Store().names()) == (links, tables, [])
+
+
+@pytest.mark.usefixtures("peer")
+def test_a_link_that_goes_while_it_is_removed_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "_index", lambda *_: 1 << 30)
+    links.remove("rftgone")

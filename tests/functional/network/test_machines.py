@@ -56,6 +56,76 @@ def test_rules_hold_whole_machines(engine: EngineName, peer: Peer) -> None:
         assert box.run([*_WEB.split(), f"http://{peer.v4}/"]).exit_code != 0
 
 
+def test_a_shared_address_is_open_for_the_allowed_name_alone(
+    engine: EngineName, peer: Peer
+) -> None:
+    only = ["good.example"]
+    for network in ("nat", "user"):
+        with Machine(engine=engine, network=network, allow=only, dns=[peer.v4]) as machine:
+            assert machine.run([*_WEB.split(), "http://good.example/"]).exit_code == 0
+            shared = ["--connect-to", f"evil.example:80:{peer.v4}:80", "http://evil.example/"]
+            # It was reset.
+            assert machine.run([*_WEB.split(), *shared]).exit_code == 56, network
+
+
+_PULL = """
+import socket, sys, time
+with socket.create_connection((sys.argv[1], 19), timeout=20) as s:
+    s.sendall(b"8000000\\n")
+    start, got = time.monotonic(), 0
+    while data := s.recv(1 << 16):
+        got += len(data)
+    assert got == 8_000_000
+    print(got / (time.monotonic() - start))
+"""
+_PUSH = """
+import socket, sys, time
+with socket.create_connection((sys.argv[1], 9), timeout=20) as s:
+    start = time.monotonic()
+    s.sendall(b"x" * 8_000_000)
+    s.shutdown(socket.SHUT_WR)
+    assert s.recv(100) == b"8000000"
+    print(8_000_000 / (time.monotonic() - start))
+"""
+
+
+@pytest.mark.parametrize("network", ["nat", "user"])
+def test_bandwidth_is_bounded_each_way(engine: EngineName, network: str, peer: Peer) -> None:
+    with Machine(engine=engine, network=network, bandwidth="2M") as machine:
+        for source in (_PUSH, _PULL):
+            done = machine.run(["python3", "-c", source, peer.v4], timeout_s=60)
+            assert done.exit_code == 0, done.stderr
+            # A second's worth may come at once.
+            assert 0.3 * (2 << 20) < float(done.stdout) < 1.5 * (2 << 20)
+
+
+_BY_EACH_VCPU = """
+import os, socket, sys
+for cpu in os.sched_getaffinity(0):
+    os.sched_setaffinity(0, {cpu})
+    with socket.create_connection((sys.argv[1], 9), timeout=20) as s:
+        s.sendall(b"x" * 1_000_000)
+        s.shutdown(socket.SHUT_WR)
+        assert s.recv(100) == b"1000000"
+"""
+
+
+def test_a_card_has_queues_for_each_vcpu_and_uses_them(peer: Peer) -> None:
+    with Machine(engine="bt", vcpus=2, network="nat") as machine:
+        queues = machine.run(["ls", "/sys/class/net/eth0/queues"]).stdout.split()
+        assert queues == ["rx-0", "rx-1", "tx-0", "tx-1"]
+        done = machine.run(["python3", "-c", _BY_EACH_VCPU, peer.v4], timeout_s=60)
+        assert done.exit_code == 0, done.stderr
+        interrupts = machine.run(["cat", "/proc/interrupts"]).stdout.splitlines()
+        came = {
+            line.split()[-1]: sum(int(word) for word in line.split()[1:3])
+            for line in interrupts
+            if "-input." in line or "-output." in line
+        }
+        assert len(came) == 4, came
+        assert sum(1 for name, count in came.items() if "input" in name and count) == 2, came
+
+
 def test_a_published_port_reaches_a_machine(engine: EngineName) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -12,10 +12,13 @@ mod pins;
 mod rules;
 
 pub(crate) use closed::unwrapped;
-pub(crate) use inspect::{FirstName, first_name};
+pub(crate) use inspect::{FirstName, MAX_FIRST_BYTES, first_name};
 pub(crate) use pins::Pins;
 pub use rules::{Action, PolicyConfig, PortRange, RuleConfig, RuleError, Transport};
 pub(crate) use rules::{Inspect, Policy, Reason, Verdict};
+
+#[cfg(test)]
+pub(crate) use inspect::tests::client_hello;
 
 #[cfg(test)]
 mod tests;

@@ -382,9 +382,7 @@ impl Policy {
             };
         }
         let quic = transport == Transport::Udp && port == QUIC;
-        let admits = self.find(Action::Allow, about, by_address).is_some()
-            || (self.default == Action::Allow);
-        if admits {
+        if self.admits_address(about, destination) {
             return match (self.denies_names, quic) {
                 (false, _) => Verdict::Allow,
                 (true, true) => Verdict::Refuse(Reason::NoName),
@@ -399,6 +397,27 @@ impl Policy {
             };
         }
         Verdict::Refuse(Reason::NotAllowed)
+    }
+
+    /// Whether `destination`, already unwrapped, is open whatever it is called.
+    fn admits_address(&self, about: (Transport, u16), destination: IpAddr) -> bool {
+        let by_address =
+            |subject: &Subject| matches!(subject, Subject::Cidr(cidr) if cidr.has(destination));
+        self.default == Action::Allow || self.find(Action::Allow, about, by_address).is_some()
+    }
+
+    /// What the first bytes of a connection must hold to that others admitted, who know what was
+    /// answered for names.
+    pub(crate) fn inspects(&self, (destination, port): (IpAddr, u16)) -> Option<Inspect> {
+        let destination = unwrapped(destination);
+        // A closed address that was opened shows no names.
+        if closed::why(destination).is_some() {
+            return None;
+        }
+        if !self.admits_address((Transport::Tcp, port), destination) {
+            return Some(Inspect::MustBeAllowed);
+        }
+        self.denies_names.then_some(Inspect::MustNotBeDenied)
     }
 
     /// Whether a connection whose first bytes ask for `name` may go on.

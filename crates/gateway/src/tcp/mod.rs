@@ -75,7 +75,11 @@ pub(crate) fn behind(address: IpAddr) -> IpAddr {
     }
 }
 
-fn open_socket(to: SocketAddr) -> Result<OwnedFd, Errno> {
+/// A socket of the host that is about to be connected, after `prepare` had it.
+pub(crate) fn open_socket(
+    to: SocketAddr,
+    prepare: impl FnOnce(&OwnedFd) -> Result<(), Errno>,
+) -> Result<OwnedFd, Errno> {
     let family = if to.is_ipv4() {
         AddressFamily::INET
     } else {
@@ -85,6 +89,7 @@ fn open_socket(to: SocketAddr) -> Result<OwnedFd, Errno> {
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
     sockopt::set_tcp_nodelay(&socket, true)?;
     sockopt::set_socket_keepalive(&socket, true)?;
+    prepare(&socket)?;
     match rustix::net::connect(&socket, &to) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
         Err(error) => Err(error),
@@ -228,7 +233,9 @@ impl Tcp {
             world.refuse(key.port, Transport::Tcp, key.remote, &reason);
         })?;
         let socket = match target {
-            Target::Host(to) => open_socket(to).map_err(|_| world.counters.tcp_failed += 1)?,
+            Target::Host(to) => {
+                open_socket(to, |_| Ok(())).map_err(|_| world.counters.tcp_failed += 1)?
+            }
             Target::Names => {
                 let (own, theirs) = rustix::net::socketpair(
                     AddressFamily::UNIX,
