@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["Runtime", "busybox", "left_behind", "make_bundle", "make_root"]
+__all__ = ["Runtime", "busybox", "left_behind", "make_bundle", "make_root", "namespaces_held"]
 
 _APPLETS = [
     "sh",
@@ -139,17 +139,35 @@ class Runtime:
         return int(json.loads(self("state", name))["pid"])
 
 
-def left_behind(name: str) -> list[str]:
-    """What of a container is still on the host: mounts, cgroups, processes."""
-    found = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if name in line]
+def left_behind(*names: str) -> list[str]:
+    """What of containers is still on the host: mounts, cgroups, processes."""
+
+    def is_of_one(text: str) -> bool:
+        return any(name in text for name in names)
+
+    found = [
+        line for line in Path("/proc/self/mountinfo").read_text().splitlines() if is_of_one(line)
+    ]
     for folder, below, _files in os.walk("/sys/fs/cgroup"):
-        found += [f"{folder}/{entry}" for entry in below if name in entry]
+        found += [f"{folder}/{entry}" for entry in below if is_of_one(entry)]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             # One that has ended and waits for init to take its status is gone.
             ended = (process / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-            if not ended and name in (process / "cgroup").read_text():
+            if not ended and is_of_one((process / "cgroup").read_text()):
                 found.append(f"process {process.name}")
         except OSError:
             continue
     return found
+
+
+def namespaces_held(wanted: set[str]) -> set[str]:
+    """Those of some namespaces (``net:[4026532000]``) that a process is in or has open."""
+    held: set[str] = set()
+    for pattern in ("[0-9]*/ns/*", "[0-9]*/fd/*"):
+        for path in Path("/proc").glob(pattern):
+            try:
+                held.add(str(path.readlink()))
+            except OSError:
+                continue
+    return held & wanted

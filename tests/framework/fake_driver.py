@@ -271,6 +271,7 @@ class FakeDriver:
     def __init__(self, *, fail: RingfenceError | None = None) -> None:
         self.fail = fail
         self.started: list[FakeMachine] = []
+        self.cleared: list[str] = []
 
     def start(self, spec: MachineSpec, place: Place, phases: Phases) -> FakeMachine:
         with phases.measure("fake"):
@@ -285,3 +286,6 @@ class FakeDriver:
 
     def attach(self, place: Place) -> FakeAgent:
         return self.started[-1].agent
+
+    def clear(self, place: Place) -> None:
+        self.cleared.append(place.machine_id)

@@ -39,25 +39,23 @@ use crate::plan::Plan;
 use crate::status::Message;
 use crate::status::Runtime;
 
+/// What most plans fit into: space that grows is copied, and reads are as small as it is.
+const PLAN_SIZE: usize = 64 << 10;
 /// The longest plan.
 const PLAN_LIMIT: u64 = 16 << 20;
 
 fn main() -> ExitCode {
-    let mut runtime = match connect() {
-        Ok((plan, runtime)) => (plan, runtime),
+    let (plan, mut runtime, early) = match connect() {
+        Ok(connected) => connected,
         Err(error) => {
             eprintln!("ringfence-init: {error}");
             return ExitCode::from(2);
         }
     };
-    let carried_out = read_plan(runtime.0).and_then(|plan| {
-        leave_to_caller(&plan, &runtime.1)?;
-        stage::run(&plan, &mut runtime.1)
-    });
-    match carried_out {
+    match carry_out(plan, &mut runtime, early) {
         Ok(status) => status,
         Err(error) => {
-            runtime.1.tell(&Message::Error {
+            runtime.tell(&Message::Error {
                 message: error.to_string(),
                 errno: error.errno(),
             });
@@ -66,19 +64,34 @@ fn main() -> ExitCode {
     }
 }
 
-/// The three descriptors of the command line: plan, status, answers.
-fn connect() -> Result<(File, Runtime), InitError> {
-    let mut numbers = std::env::args().skip(1).map(|text| text.parse::<RawFd>());
+fn carry_out(plan: File, runtime: &mut Runtime, early: u32) -> Result<ExitCode, InitError> {
+    if early != 0 {
+        sys::unshare(early).step(|| format!("make namespaces {early:#x}"))?;
+    }
+    let plan = read_plan(plan)?;
+    leave_to_caller(&plan, runtime)?;
+    stage::run(&plan, runtime)
+}
+
+/// The command line: the descriptors of plan, status and answers, and the namespaces to make before
+/// the plan comes, which takes the runtime longer to write.
+fn connect() -> Result<(File, Runtime, u32), InitError> {
+    let mut words = std::env::args().skip(1);
+    let mut numbers = words.by_ref().take(3).map(|text| text.parse::<RawFd>());
     let mut next = || match numbers.next() {
         Some(Ok(number)) if number > 2 => {
             sys::inherited(number).map_err(|_| InitError::Usage("a descriptor is closed"))
         }
-        _ => Err(InitError::Usage("ringfence-init PLAN STATUS ANSWERS")),
+        _ => Err(InitError::Usage(
+            "ringfence-init PLAN STATUS ANSWERS [EARLY]",
+        )),
     };
     let (plan, status, answers) = (next()?, next()?, next()?);
+    let early = words.next().map_or(Ok(0), |text| text.parse());
+    let early = early.map_err(|_| InitError::Usage("the namespaces are no number"))?;
     // What the runtime's caller left open must not reach the container.
     sys::close_on_exec_from(3).step(|| "mark descriptors".to_owned())?;
-    Ok((File::from(plan), Runtime::new(status, answers)))
+    Ok((File::from(plan), Runtime::new(status, answers), early))
 }
 
 /// Closes what the runtime's caller had open and nobody gave to the container: a created container
@@ -100,7 +113,7 @@ fn leave_to_caller(plan: &Plan, runtime: &Runtime) -> Result<(), InitError> {
 }
 
 fn read_plan(source: File) -> Result<Plan, InitError> {
-    let mut text = Vec::new();
+    let mut text = Vec::with_capacity(PLAN_SIZE);
     source
         .take(PLAN_LIMIT)
         .read_to_end(&mut text)

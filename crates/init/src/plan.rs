@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 
 use serde::Deserialize;
+use serde::Deserializer;
+use serde::de::Error;
 
 /// One container's setup, or one process that joins a container.
 #[derive(Debug, Deserialize)]
@@ -41,6 +43,9 @@ pub(crate) struct Plan {
     /// Make a cgroup namespace once the process is in its cgroups.
     #[serde(default)]
     pub(crate) cgroup_namespace: bool,
+    /// The runtime does something with the process once it is in its groups and namespaces.
+    #[serde(default)]
+    pub(crate) ask_register: bool,
     /// Bring the loopback interface up.
     #[serde(default)]
     pub(crate) loopback: bool,
@@ -330,6 +335,25 @@ pub(crate) struct Capabilities {
 pub(crate) struct Seccomp {
     /// `SECCOMP_FILTER_FLAG_*`.
     pub(crate) flags: u32,
-    /// Each instruction: code, jump if true, jump if false, constant.
-    pub(crate) program: Vec<(u16, u8, u8, u32)>,
+    /// `struct sock_filter` of each instruction, in hexadecimal.
+    #[serde(deserialize_with = "instructions")]
+    pub(crate) program: Vec<Instruction>,
+}
+
+/// Code, jump if true, jump if false, constant.
+pub(crate) type Instruction = (u16, u8, u8, u32);
+
+fn instructions<'de, D: Deserializer<'de>>(source: D) -> Result<Vec<Instruction>, D::Error> {
+    let text = String::deserialize(source)?;
+    let wrong = || D::Error::custom("no instructions in hexadecimal");
+    let words = text.as_bytes().chunks(16).map(|digits| {
+        let digits = str::from_utf8(digits)
+            .ok()
+            .filter(|text| text.len() == 16)?;
+        let bytes = u64::from_str_radix(digits, 16).ok()?.to_be_bytes();
+        let [a, b, jt, jf, c, d, e, f] = bytes;
+        let code = u16::from_ne_bytes([a, b]);
+        Some((code, jt, jf, u32::from_ne_bytes([c, d, e, f])))
+    });
+    words.collect::<Option<_>>().ok_or_else(wrong)
 }

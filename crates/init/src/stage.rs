@@ -120,7 +120,9 @@ fn second(plan: &Plan, proc: &OwnedFd, runtime: &mut Runtime) -> Result<(), Init
         // Where groups can't be set (a single mapped ID), they are nobody's anyway.
         let _denied = sys::set_groups(&[]);
     }
-    runtime.ask("register")?;
+    if plan.ask_register {
+        runtime.ask("register")?;
+    }
     let (labels, entered) = if let Some(wanted) = &plan.root {
         root::settle(plan)?;
         let tree = root::build(wanted)?;

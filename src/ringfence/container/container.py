@@ -176,6 +176,7 @@ def _launch(bundle: Bundle, state: State, options: CreateOptions) -> Launch:
         root["ask_hooks"] = bool(bundle.config.table("hooks").values)
     plan["start_hooks"] = hooks.inside(bundle.config, "startContainer")
     plan["keep_descriptors"] = options.keep
+    plan["ask_register"] = True
     plan["reaper"] = state.annotations.get(REAPER) == "true"
     plan.update(group.entrance())
     if not options.no_keyring:
@@ -198,10 +199,12 @@ def _launch(bundle: Bundle, state: State, options: CreateOptions) -> Launch:
             fifo = os.open(state.fifo, os.O_PATH | os.O_CLOEXEC)
             inherit.append(fifo)
             plan["start_fifo"] = fifo
-        return Launch(plan, inherit)
+        launch = Launch(inherit)
     finally:
         for number in trees if fifo < 0 else (*trees, fifo):
             os.close(number)
+    launch.give(plan)
+    return launch
 
 
 def _follow(bundle: Bundle, state: State, launch: Launch, options: CreateOptions) -> None:

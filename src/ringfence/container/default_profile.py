@@ -141,4 +141,4 @@ def profile() -> dict[str, object]:
 @functools.cache
 def compiled() -> dict[str, object]:
     """The profile as a filter for this host's processor."""
-    return seccomp.compile_filter(Fields(profile()))
+    return seccomp.packed(Fields(profile()))

@@ -13,25 +13,31 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from ringfence import _binaries
-from ringfence.container import capabilities, default_profile, host_tree, init_program
+from ringfence.container import (
+    capabilities,
+    default_profile,
+    host_tree,
+    init_program,
+    machine_group,
+)
 from ringfence.container.agent import ContainedAgent
-from ringfence.container.cgroups import devices, layout, stats
-from ringfence.container.cgroups.group import Group
+from ringfence.container.cgroups import stats
 from ringfence.container.cgroups.view import mount_table
-from ringfence.container.fields import Fields
 from ringfence.container.file_limit import file_limit
 from ringfence.container.identity import Maps, own_maps
 from ringfence.container.launch import Launch
 from ringfence.container.oci import template
 from ringfence.container.spec import device_links, device_nodes
-from ringfence.errors import HostError, StateError, UnsupportedError
+from ringfence.errors import StateError, UnsupportedError
 from ringfence.machine import check, sockets
 from ringfence.machine.driver import Ending, RunningInfo
 from ringfence.machine.network_plan import Attachments, describe, tell_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
+    from ringfence.container.cgroups.group import Group
     from ringfence.container.launch import Plan
     from ringfence.guest.agent import Agent
     from ringfence.machine.driver import AgentLike, Driver, Place
@@ -42,10 +48,10 @@ if TYPE_CHECKING:
 __all__ = ["ContainerDriver", "ContainerMachine", "driver"]
 
 _SOCKET = "agent"
-_PIDS = 4096
+# CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET: those that hold nothing of the host's.
+_EARLY = 0x0400_0000 | 0x0800_0000 | 0x4000_0000
 _KINDS = ("mount", "pid", "network", "uts", "ipc", "cgroup")
 _NOBODY_S = 10.0
-_CPU_PERIOD_US = 100_000
 
 
 def driver() -> Driver:
@@ -80,8 +86,16 @@ class ContainerDriver:
         if not path.exists():
             message = f"the machine {place.name} is not running"
             raise StateError(message, hint=f"ringfence inspect {place.name} says how it ended")
-        group = _group(place)
+        group = machine_group.of_running(place)
         return ContainedAgent(lambda: sockets.connect(path), group)
+
+    def clear(self, place: Place) -> None:
+        """Ends and removes what a holder that died left of a container.
+
+        Raises:
+            HostError: Processes stay.
+        """
+        machine_group.remove(machine_group.of_running(place))
 
 
 class ContainerMachine:
@@ -243,62 +257,41 @@ class ContainerMachine:
         self._handle = -1
 
 
-def _group(place: Place) -> Group:
-    hierarchies = layout.detect()
-    # Below a group that has processes, version 2 gives no controllers.
-    top = "/ringfence" if hierarchies.unified and os.geteuid() == 0 else "ringfence"
-    path = f"{top}/{place.machine_id}"
-    return Group.plan(path, rootless=os.geteuid() != 0, layout=hierarchies)
-
-
-def _limit(group: Group, spec: MachineSpec) -> dict[str, object]:
-    size = spec.memory_mib << 20
-    document = {
-        # Swap would be the host's: none of it, as in a VM.
-        "memory": {"limit": size},
-        "cpu": {"quota": spec.vcpus * _CPU_PERIOD_US, "period": _CPU_PERIOD_US},
-        "pids": {"limit": _PIDS},
-    }
-    try:
-        group.limit(Fields(document))
-    except (UnsupportedError, HostError):
-        if not group.rootless:
-            raise
-        # Without delegation a user's machine has the user's own limits.
-    return devices.apply(group, devices.rules(Fields(_NO_DEVICES)))
-
-
-_NO_DEVICES = {"devices": [{"allow": False, "access": "rwm"}]}
-
-
-def _remove_group(group: Group) -> None:
-    if group.processes():
-        group.kill()
-    group.remove()
-    for _names, path, _version in group.directories:
-        # The directory above is shared: it stays while others are in it.
-        with suppress(OSError):
-            os.rmdir(os.path.dirname(path))
-
-
 def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachine:
     maps = own_maps() if os.geteuid() != 0 else None
-    group = _group(place)
-    stack.callback(_remove_group, group)
-    group.make()
-    device_rules = _limit(group, spec)
-    attachments = Attachments(spec, place, "container")
-    stack.callback(attachments.close)
-    attachments.attach_all()
-    program = init_program.sealed_copy(str(_binaries.find("ringfence-agent")))
-    plan = _plan(spec, place, stack, group, maps)
-    trees = host_tree.give_mounts(plan, spec, stack)
-    plan.update(device_rules)
-    process = plan["process"]
-    if isinstance(process, dict):
-        process["program"] = program
-    host_tree.tell_network(plan, attachments.interfaces())
+    group = machine_group.plan(place)
+    stack.callback(machine_group.remove, group)
     path = place.sockets / _SOCKET
+    program = init_program.sealed_copy(str(_binaries.find("ringfence-agent")))
+    mounts = host_tree.mount_plan(spec.mounts)
+    trees = host_tree.give_mounts(mounts, spec, stack)
+    # Started first, so that it loads and makes namespaces while the rest is decided here.
+    early = _EARLY if maps is None else 0
+    launch = _spawn(place, path, [program, *trees], early, stack)
+    try:
+        group.make()
+        device_rules = machine_group.limit(group, spec)
+        attachments = Attachments(spec, place, "container")
+        stack.callback(attachments.close)
+        attachments.attach_all()
+        plan = _plan(spec, place, stack, group, maps, mounts)
+        plan.update(device_rules)
+        process = plan["process"]
+        if isinstance(process, dict):
+            process["program"] = program
+        host_tree.tell_network(plan, attachments.interfaces())
+        plan["ask_register"] = any(attachments)
+        launch.give(plan)
+        _follow(launch, maps, attachments)
+    except BaseException:
+        launch.reap()
+        raise
+    agent = ContainedAgent(lambda: sockets.connect(path), group)
+    return ContainerMachine(launch.pid, agent, group, place, attachments)
+
+
+def _spawn(place: Place, path: Path, inherit: list[int], early: int, stack: ExitStack) -> Launch:
+    """Starts the setup program with what the agent will have: its socket, its life and its log."""
     listener = sockets.listen(path)
     stack.callback(path.unlink, missing_ok=True)
     ours, theirs = os.pipe2(os.O_CLOEXEC)
@@ -306,19 +299,13 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
     stack.callback(os.close, theirs)
     log = os.open(place.folder / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
-        launch = Launch(plan, [program, *trees], (listener.fileno(), ours, log))
+        launch = Launch(inherit, (listener.fileno(), ours, log), early)
     finally:
         os.close(ours)
         os.close(log)
         listener.close()
     stack.callback(launch.close)
-    try:
-        _follow(launch, maps, attachments)
-    except BaseException:
-        launch.reap()
-        raise
-    agent = ContainedAgent(lambda: sockets.connect(path), group)
-    return ContainerMachine(launch.pid, agent, group, place, attachments)
+    return launch
 
 
 def _follow(launch: Launch, maps: Maps | None, attachments: Attachments) -> None:
@@ -336,7 +323,12 @@ def _follow(launch: Launch, maps: Maps | None, attachments: Attachments) -> None
 
 
 def _plan(
-    spec: MachineSpec, place: Place, stack: ExitStack, group: Group, maps: Maps | None
+    spec: MachineSpec,
+    place: Place,
+    stack: ExitStack,
+    group: Group,
+    maps: Maps | None,
+    mounts: list[dict[str, object]],
 ) -> Plan:
     from ringfence.container import flags
 
@@ -348,7 +340,7 @@ def _plan(
     links = root.get("links")
     root.update(
         propagation=flags.PROPAGATION["rslave"],
-        mounts=[*standard, *host_tree.mount_plan(spec.mounts)],
+        mounts=[*standard, *mounts],
         devices=device_nodes(bind=maps is not None),
         links=[*(links if isinstance(links, list) else []), *device_links()],
         masked=list(template.MASKED),
@@ -358,6 +350,8 @@ def _plan(
     # Within bounds, but never had: a program whose file would give it, as ping's does, starts at all.
     bounds = capabilities.mask((*capabilities.DEFAULT, "CAP_NET_RAW"))
     new = sum(flags.NAMESPACES[kind] for kind in kinds if kind != "cgroup")
+    if maps is None:
+        new &= ~_EARLY
     return {
         "unshare": new,
         "map_ids": maps is not None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,6 @@ from ringfence.machine import host_root
 from ringfence.machine.spec import DirectoryRoot, DiskRoot, HostRoot, ImageRoot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from contextlib import ExitStack
 
     from ringfence.guest.spec import InterfaceSpec
@@ -63,10 +61,11 @@ def root_plan(
     }
     match spec.root:
         case HostRoot():
-            overlay["parts"] = _host_parts()
+            seen = _look()
+            overlay["parts"] = _host_parts(seen)
             plan["links"] = [("/etc/mtab", "../proc/self/mounts"), ("/var/run", "/run"), *_links()]
             plan["directories"] = [(f"/{name}", 0o755) for name in _EMPTY]
-            plan["files"] = [*_accounts(), *_files(spec, place)]
+            plan["files"] = [*seen.accounts, *_files(spec, place)]
         case DirectoryRoot() if spec.root.writable:
             return {**plan, "path": str(spec.root.path.resolve()), "files": []}
         case DirectoryRoot():
@@ -85,42 +84,51 @@ def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _host_parts() -> list[dict[str, object]]:
-    parts: list[dict[str, object]] = [{"target": "/usr", "lower": "/usr", "hide": _private_usr()}]
+def _host_parts(seen: _Seen) -> list[dict[str, object]]:
+    parts: list[dict[str, object]] = [{"target": "/usr", "lower": "/usr", "hide": seen.usr}]
     for name in _PROGRAMS:
         path = f"/{name}"
         if not os.path.islink(path) and os.path.isdir(path):
             parts.append({"target": path, "lower": path})
-    parts.append({"target": "/etc", "lower": "/etc", "hide": _hidden_in_etc()})
+    parts.append({"target": "/etc", "lower": "/etc", "hide": seen.etc})
     return parts
 
 
 class _Seen:
-    """What this process knows of the host's ``/etc``."""
+    """What was seen of the host's ``/usr`` and ``/etc``, and of which state of their directories."""
 
-    at = 0.0
-    folders: dict[str, int] = {}  # noqa: RUF012 - replaced whole, never changed
-    hidden: list[str] = []  # noqa: RUF012 - likewise
-
-
-def _hidden_in_etc() -> list[str]:
-    """What of ``/etc`` isn't shown, remembered while no directory there changes, for a minute."""
-    now = time.monotonic()
-    old = now - _Seen.at > _LOOKED_S or not _Seen.folders
-    if old or _changes(_Seen.folders) != _Seen.folders:
-        _Seen.folders = _changes([folder for folder, _below, _files in os.walk("/etc")])
+    def __init__(self) -> None:
+        self.at = time.monotonic()
+        self.folders = ["/usr", *(folder for folder, _below, _files in os.walk("/etc"))]
+        self.changes = _changes(self.folders)
+        self.usr = _private_usr()
         # What gets a text of its own is hidden too: the host's can't be replaced by users.
-        _Seen.hidden = sorted({*host_root.hidden_in_etc(Path("/etc")), *_GENERATED})
-        _Seen.at = now
-    return _Seen.hidden
+        self.etc = sorted({*host_root.hidden_in_etc(Path("/etc")), *_GENERATED})
+        self.accounts = _accounts()
 
 
-def _changes(folders: Iterable[str]) -> dict[str, int]:
-    found = {}
-    for folder in folders:
-        with suppress(OSError):
-            found[folder] = os.stat(folder).st_ctime_ns
-    return found
+_seen: list[_Seen] = []
+
+
+def _look() -> _Seen:
+    """What is to be known of the host, remembered while no directory changes, for a minute."""
+    seen = _seen[0] if _seen else None
+    if (
+        seen is None
+        or time.monotonic() - seen.at > _LOOKED_S
+        or _changes(seen.folders) != seen.changes
+    ):
+        seen = _Seen()
+        _seen[:] = [seen]
+    return seen
+
+
+def _changes(folders: list[str]) -> list[int]:
+    try:
+        return [os.stat(folder).st_ctime_ns for folder in folders]
+    except OSError:
+        # One has gone while it was looked at: nothing equals this, itself of another time neither.
+        return [time.monotonic_ns()]
 
 
 def _private_usr() -> list[str]:
@@ -185,13 +193,13 @@ def _layers(root: ImageRoot, stack: ExitStack) -> list[str]:
     return [str(path) for path in reversed(tree.layers)]
 
 
-def give_mounts(plan: dict[str, object], spec: MachineSpec, stack: ExitStack) -> list[int]:
+def give_mounts(mounts: list[dict[str, object]], spec: MachineSpec, stack: ExitStack) -> list[int]:
     """Gives what is mounted of the host to the user who runs commands, as in a virtual machine.
 
     Where the kernel or a file system can't, owners stay as they are on the host.
 
     Args:
-        plan: Has the mounts.
+        mounts: See :func:`mount_plan`.
         spec: Says who runs commands.
         stack: Lets go of what is returned.
 
@@ -199,16 +207,12 @@ def give_mounts(plan: dict[str, object], spec: MachineSpec, stack: ExitStack) ->
         Descriptors that the plan names.
     """
     user, group = _owner(spec)
-    root = plan.get("root")
-    if not spec.mounts or os.geteuid() != 0 or user == 0 or not isinstance(root, dict):
+    if not mounts or os.geteuid() != 0 or user == 0:
         return []
     from ringfence.container import sources
 
-    targets = {str(mount.target) for mount in spec.mounts}
     found = []
-    for mount in _listed(root.get("mounts")):
-        if not isinstance(mount, dict) or mount.get("target") not in targets:
-            continue
+    for mount in mounts:
         try:
             tree = sources.tree_of_owner(str(mount["source"]), user, group)
         except HostError as error:

@@ -21,25 +21,25 @@ _BEFORE_FORK = "map"
 
 
 class Launch:
-    """One start of the setup program.
+    """One start of the setup program, which then waits for its plan.
 
     Args:
-        plan: What it is to do.
-        inherit: Descriptors that the plan names by number.
+        inherit: Descriptors that the plan will name by number.
         streams: Descriptors for standard input, output and error; None: the caller's own.
+        early: Namespaces (``CLONE_NEW*``) that it makes while the plan is still being written.
     """
 
-    __slots__ = ("_answers", "_buffer", "_status", "pid", "stage")
+    __slots__ = ("_answers", "_buffer", "_plan", "_status", "pid", "stage")
 
     def __init__(
-        self, plan: Plan, inherit: Iterable[int] = (), streams: Sequence[int] | None = None
+        self, inherit: Iterable[int] = (), streams: Sequence[int] | None = None, early: int = 0
     ) -> None:
         self.pid = 0
         self._buffer = b""
         status, status_end = os.pipe2(os.O_CLOEXEC)
         answers_end, answers = os.pipe2(os.O_CLOEXEC)
         plan_end, plan_in = os.pipe2(os.O_CLOEXEC)
-        self._status, self._answers = status, answers
+        self._status, self._answers, self._plan = status, answers, plan_in
         program = init_program.sealed_copy(init_program.find())
         ours = [status_end, answers_end, plan_end]
         try:
@@ -50,6 +50,8 @@ class Launch:
             # A descriptor onto itself: it stays open in this child, and in no other.
             actions += [(os.POSIX_SPAWN_DUP2, number, number) for number in numbers]
             arguments = [init_program.NAME, str(plan_end), str(status_end), str(answers_end)]
+            if early:
+                arguments.append(str(early))
             self.stage = os.posix_spawn(
                 f"/proc/self/fd/{program}",
                 arguments,
@@ -58,25 +60,24 @@ class Launch:
                 setsigmask=(),
             )
         except OSError as error:
-            os.close(status)
-            os.close(answers)
-            os.close(plan_in)
+            self.close()
             message = f"cannot start {init_program.NAME}: {error.strerror}"
             raise HostError(message, errno=error.errno) from error
         finally:
             for number in ours:
                 os.close(number)
-        self._give(plan_in, lean_json.dumps(plan).encode())
 
-    @staticmethod
-    def _give(descriptor: int, text: bytes) -> None:
+    def give(self, plan: Plan) -> None:
+        """Says what it is to do."""
+        left = memoryview(lean_json.dumps(plan).encode())
         try:
-            with open(descriptor, "wb", buffering=0) as pipe:
-                left = memoryview(text)
-                while left:
-                    left = left[pipe.write(left) :]
+            while left:
+                left = left[os.write(self._plan, left) :]
         except BrokenPipeError:
             return  # it ended; its last message says why
+        finally:
+            os.close(self._plan)
+            self._plan = -1
 
     def follow(self, answers: Mapping[str, Callable[[], str]], *, until_ready: bool) -> None:
         """Answers questions until the program runs, or waits to be started.
@@ -94,6 +95,7 @@ class Launch:
             if "pid" in message:
                 self.pid = message.integer("pid")
                 os.waitpid(self.stage, 0)
+                self.stage = 0
                 for question in early:
                     self._answer(answers, question)
                 early.clear()
@@ -144,7 +146,7 @@ class Launch:
 
     def close(self) -> None:
         """Lets go of the pipes. The program goes on."""
-        for name in ("_status", "_answers"):
+        for name in ("_status", "_answers", "_plan"):
             number: int = getattr(self, name)
             if number >= 0:
                 os.close(number)

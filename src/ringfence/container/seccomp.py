@@ -11,6 +11,7 @@ name one argument twice they are alternatives, as in runc.
 from __future__ import annotations
 
 import os
+import struct
 
 from ringfence.container import syscalls
 from ringfence.errors import ConfigError, UnsupportedError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     # A way through: its conditions, all of which must hold, and what it leads to.
     Rule = tuple[list[Condition], int]
 
-__all__ = ["ACTIONS", "ARCHITECTURES", "OPERATORS", "compile_filter", "simulate"]
+__all__ = ["ACTIONS", "ARCHITECTURES", "OPERATORS", "compile_filter", "packed", "simulate"]
 
 ACTIONS = {
     "SCMP_ACT_KILL": 0x0000_0000,
@@ -103,8 +104,8 @@ def _rules(profile: Fields) -> dict[str, list[Rule]]:
     return found
 
 
-def compile_filter(profile: Fields, machine: str = "") -> dict[str, object]:
-    """A profile as the plan's filter.
+def compile_filter(profile: Fields, machine: str = "") -> tuple[int, list[Instruction]]:
+    """A profile as a filter: the flags of its installation, and its instructions.
 
     Args:
         profile: ``linux.seccomp``.
@@ -148,7 +149,21 @@ def compile_filter(profile: Fields, machine: str = "") -> dict[str, object]:
     if len(program) > _LONGEST:
         message = f"the seccomp profile makes {len(program)} instructions; {_LONGEST} are the most"
         raise ConfigError(message)
-    return {"flags": flags & ~1, "program": program}
+    return flags & ~1, program
+
+
+def packed(profile: Fields) -> dict[str, object]:
+    """A profile as a plan has it: the filter's instructions as the kernel's bytes, in hexadecimal.
+
+    Numbers one by one would be most of a plan's text, written and read again for each container.
+
+    Raises:
+        ConfigError: See :func:`compile_filter`, and so the next.
+        UnsupportedError: It asks for what isn't there.
+    """
+    flags, program = compile_filter(profile)
+    words = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    return {"flags": flags, "program": words.hex()}
 
 
 class _Code:

@@ -303,7 +303,7 @@ def compile_process(process: Fields, linux: Fields, *, sets_groups: bool) -> dic
     if linux.table("seccomp").values:
         from ringfence.container import seccomp
 
-        plan["seccomp"] = seccomp.compile_filter(linux.table("seccomp"))
+        plan["seccomp"] = seccomp.packed(linux.table("seccomp"))
     _security_labels(plan, process)
     _scheduling(plan, process, linux)
     return plan

@@ -285,3 +285,10 @@ class Driver(Protocol):
         Raises:
             StateError: It doesn't answer.
         """
+
+    def clear(self, place: Place) -> None:
+        """Removes from the host what a machine has left whose holder died.
+
+        Raises:
+            HostError: Something can't be removed yet.
+        """

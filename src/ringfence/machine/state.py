@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ringfence import _paths
-from ringfence.errors import ConflictError, HostError, NotFoundError
+from ringfence.errors import ConfigError, ConflictError, HostError, NotFoundError, UnsupportedError
 from ringfence.machine import names
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ class Entry:
             HostError: It can't be written.
         """
         self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
-        text = json.dumps({"version": _VERSION, **dataclasses.asdict(self.record)}, indent=1)
+        fields = {name: getattr(self.record, name) for name in Record.__slots__}
+        text = json.dumps({"version": _VERSION, **fields})
         fresh = self.path / f".{_RECORD}.{os.getpid()}"
         try:
             fresh.write_text(text + "\n")
@@ -268,11 +269,28 @@ def _drop_half_made(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _cleared(entry: Entry) -> bool:
+    """Takes from the host what a dead holder's machine has left; False: the next who looks must."""
+    # Engines come late here: most who look have no dead machines to clear.
+    from ringfence.machine import driver, engines  # noqa: PLC0415
+
+    try:
+        engines.load_driver(entry.record.engine).clear(driver.Place.of(entry))
+    except HostError:
+        return False
+    except (ConfigError, UnsupportedError):
+        # An engine that this installation doesn't have.
+        return True
+    return True
+
+
 def list_machines() -> list[Entry]:
     """All machines, oldest first; those whose holder is gone are healed on the way."""
     found = []
     for entry in _entries():
         if entry.record.status != "exited" and not entry.is_held():
+            if not _cleared(entry):
+                continue
             shutil.rmtree(entry.sockets, ignore_errors=True)
             if entry.record.remove:
                 entry.remove()

@@ -78,6 +78,9 @@ class VmDriver:
             raise StateError(message, hint=f"ringfence inspect {place.name} says how it ended")
         return Agent.attach(lambda: connect_vsock(path))
 
+    def clear(self, place: Place) -> None:
+        """A VM process ends with its holder, and has nothing of the host that stays."""
+
 
 class VmMachine:
     """A machine in a VM process.

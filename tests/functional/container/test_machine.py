@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path, PurePosixPath
@@ -11,8 +13,10 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 import ringfence
+from ringfence import _paths
 from ringfence.errors import GuestTimeout, UnsupportedError
-from tests.framework.bundles import left_behind, make_root
+from ringfence.machine import state
+from tests.framework.bundles import left_behind, make_root, namespaces_held
 
 pytestmark = [
     pytest.mark.root,
@@ -126,15 +130,59 @@ def test_what_containers_lack_is_refused() -> None:
         ringfence.Machine(engine="container", kernel="6.1").start()
 
 
-def test_nothing_is_left_of_many(tmp_path: Path) -> None:
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+def test_nothing_is_left_of_a_hundred(tmp_path: Path) -> None:
+    with ringfence.Machine(engine="container") as machine:
+        # What a process makes once: the stores' directories, and copies of two programs.
+        machine.run(["true"])
+    files = sorted(tmp_path.rglob("*"))
+    sockets = sorted(_paths.runtime_dir().iterdir())
+    descriptors = sorted(Path("/proc/self/fd").iterdir())
+    threads = sorted(Path("/proc/self/task").iterdir())
+    own = namespaces_of("self")
 
-    names = []
-    for _number in range(20):
+    names: list[str] = []
+    namespaces: set[str] = set()
+    for _number in range(100):
         with ringfence.Machine(engine="container") as machine:
-            names.append(machine.id)
             machine.run(["true"])
+            names += [machine.id, machine.name]
+            namespaces |= namespaces_of(str(machine.inspect()["pid"]))
 
-    assert [found for name in names for found in left_behind(name)] == []
+    assert len(namespaces - own) >= 6
+    assert namespaces_held(namespaces - own) == set()
+    assert left_behind(*names) == []
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
-    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 1
+    assert sorted(tmp_path.rglob("*")) == files
+    assert sorted(_paths.runtime_dir().iterdir()) == sockets
+    assert sorted(Path("/proc/self/fd").iterdir()) == descriptors
+    assert sorted(Path("/proc/self/task").iterdir()) == threads
+
+
+def namespaces_of(process: str) -> set[str]:
+    return {str(path.readlink()) for path in Path(f"/proc/{process}/ns").iterdir()}
+
+
+_HOLDER = """
+import sys, time, ringfence
+machine = ringfence.Machine(engine="container", network="none", keep=sys.argv[1] == "kept").start()
+machine.run(["sh", "-c", "sleep 1000 > /dev/null 2>&1 &"])
+machine.pause()
+print(machine.id, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(("how", "listed"), [("kept", ["exited"]), ("not kept", [])])
+def test_what_a_killed_holder_leaves_goes_when_somebody_looks(how: str, listed: list[str]) -> None:
+    command = [sys.executable, "-c", _HOLDER, how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        name = holder.stdout.readline().strip()
+        holder.kill()
+
+    before = left_behind(name)
+    found = [entry.record.status for entry in state.list_machines()]
+
+    assert len(before) > 2  # Frozen, its processes wait with its groups.
+    assert found == listed
+    assert left_behind(name) == []

@@ -34,7 +34,7 @@ def answers(
     arguments: list[int] | None = None,
     audit: int = AUDIT_X86_64,
 ) -> int:
-    program = compile_filter(Fields(dict(profile), "seccomp"), "x86_64")["program"]
+    program = compile_filter(Fields(dict(profile), "seccomp"), "x86_64")[1]
     assert isinstance(program, list)
     return simulate(program, audit, call, arguments or [])
 
@@ -56,7 +56,7 @@ def test_every_call_of_a_long_profile_gets_its_own_answer() -> None:
         "defaultAction": "SCMP_ACT_KILL_PROCESS",
         "syscalls": [rule(allowed, "SCMP_ACT_ALLOW")],
     }
-    program = compile_filter(Fields(profile), "x86_64")["program"]
+    program = compile_filter(Fields(profile), "x86_64")[1]
     assert isinstance(program, list)
 
     for name, number in X86_64.items():

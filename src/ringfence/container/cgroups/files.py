@@ -6,7 +6,7 @@ import os
 
 from ringfence.errors import HostError
 
-__all__ = ["read", "read_integer", "read_table", "write"]
+__all__ = ["read", "read_integer", "read_table", "text_of", "write"]
 
 
 def write(path: str, value: str | int) -> None:
@@ -29,10 +29,26 @@ def write(path: str, value: str | int) -> None:
 def read(path: str) -> str:
     """The text of a file; empty where it doesn't exist."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return text_of(path)
     except OSError:
         return ""
+
+
+def text_of(path: str) -> str:
+    """The text of a file.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    # Bare system calls: a container's start reads dozens, and a file object takes nine for each.
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    text = b""
+    try:
+        while chunk := os.read(number, 65536):
+            text += chunk
+    finally:
+        os.close(number)
+    return text.decode(errors="replace")
 
 
 def read_integer(path: str) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 
+from ringfence.container.cgroups import files
 from ringfence.errors import HostError
 
 __all__ = ["Hierarchy", "Layout", "detect"]
@@ -82,13 +83,12 @@ def _own_paths() -> tuple[dict[str, str], str]:
     """Version 1: each controller's path; version 2: the path."""
     first: dict[str, str] = {}
     second = "/"
-    with open("/proc/self/cgroup", encoding="utf-8") as file:
-        for line in file:
-            _number, controllers, path = line.rstrip("\n").split(":", 2)
-            if controllers:
-                first[controllers] = path
-            else:
-                second = path
+    for line in files.text_of("/proc/self/cgroup").rstrip("\n").split("\n"):
+        _number, controllers, path = line.split(":", 2)
+        if controllers:
+            first[controllers] = path
+        else:
+            second = path
     return first, second
 
 
@@ -100,8 +100,8 @@ def detect() -> Layout:
     """
     try:
         first, second = _own_paths()
-        with open("/proc/self/mountinfo", encoding="utf-8") as file:
-            lines = [line for line in file if " - cgroup" in line]
+        table = files.text_of("/proc/self/mountinfo")
+        lines = [line for line in table.split("\n") if " - cgroup" in line]
         found = [_hierarchy(line, first, second) for line in lines]
     except OSError as error:
         message = f"cannot read which control groups there are: {error.strerror}"
@@ -132,8 +132,4 @@ def _hierarchy(line: str, first: dict[str, str], second: str) -> Hierarchy | Non
 
 
 def _available(mountpoint: str) -> list[str]:
-    try:
-        with open(f"{mountpoint}/cgroup.controllers", encoding="utf-8") as file:
-            return file.read().split()
-    except OSError:
-        return []
+    return files.read(f"{mountpoint}/cgroup.controllers").split()

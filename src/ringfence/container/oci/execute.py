@@ -218,11 +218,12 @@ def _launch(
             "copied": copied,
         }
         inherit = [*inherit, console]
-    launch = Launch(plan, inherit)
+    plan["ask_register"] = bool(arguments.text("pid-file"))
+    launch = Launch(inherit)
+    launch.give(plan)
 
     def register() -> str:
-        if arguments.text("pid-file"):
-            container.write_pid_file(arguments.text("pid-file"), launch.pid)
+        container.write_pid_file(arguments.text("pid-file"), launch.pid)
         return ""
 
     launch.follow({"register": register}, until_ready=False)
