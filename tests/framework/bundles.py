@@ -15,6 +15,8 @@ import pytest
 __all__ = ["Runtime", "busybox", "left_behind", "make_bundle", "make_root", "namespaces_held"]
 
 _APPLETS = [
+    "grep",
+    "tr",
     "sh",
     "true",
     "ls",

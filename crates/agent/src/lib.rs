@@ -22,6 +22,7 @@ mod names;
 mod network;
 mod place;
 mod power;
+mod privileges;
 mod processes;
 mod reaper;
 mod root;

@@ -1,5 +1,6 @@
 //! The JSON payloads. Their meaning is in docs/reference/agent-protocol.md.
 
+use crate::privileges::Privileges;
 use serde::Deserialize;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -308,6 +309,9 @@ pub(crate) struct Exec {
     /// After which the command is killed.
     #[serde(default)]
     pub(crate) timeout_ms: Option<u64>,
+    /// What it may do; without it, what its user may.
+    #[serde(default)]
+    pub(crate) privileges: Option<Privileges>,
 }
 
 /// In characters.

@@ -5,6 +5,7 @@
 use crate::error::AgentError;
 use crate::message::Exec;
 use crate::message::TerminalSize;
+use crate::privileges::Prepared;
 use crate::reaper::Child;
 use crate::reaper::Reaper;
 use crate::users;
@@ -82,7 +83,17 @@ pub(crate) fn spawn(
     limits: &[(Resource, Rlimit)],
     reaper: &Reaper,
 ) -> Result<(Child, Streams), NotStarted> {
-    let user = users::find(&request.user)?;
+    let mut user = users::find(&request.user)?;
+    let privileges = match &request.privileges {
+        Some(wanted) => {
+            if let Some(groups) = &wanted.groups {
+                user.groups.clone_from(groups);
+            }
+            let prepared = wanted.prepare();
+            Some(prepared.map_err(|_| AgentError::config("the filter of system calls is wrong"))?)
+        }
+        None => None,
+    };
     let env = environment(request, &user);
     let cwd = match request.cwd.as_str() {
         "" if Path::new(&user.home).is_dir() => user.home.as_str(),
@@ -108,6 +119,7 @@ pub(crate) fn spawn(
         &mut command,
         &user,
         limits.to_vec(),
+        privileges,
         request.terminal.is_some(),
     );
     let child = reaper.spawn(&mut command).map_err(|error| {
@@ -265,6 +277,7 @@ fn become_user(
     command: &mut Command,
     user: &User,
     limits: Vec<(Resource, Rlimit)>,
+    privileges: Option<Prepared>,
     terminal: bool,
 ) {
     let groups: Vec<Gid> = user.groups.iter().copied().map(Gid::from_raw).collect();
@@ -279,6 +292,9 @@ fn become_user(
         for (resource, limit) in &limits {
             rustix::process::setrlimit(*resource, *limit)?;
         }
+        if let Some(privileges) = &privileges {
+            privileges.before_user()?;
+        }
         if !ours {
             match set_thread_groups(&groups) {
                 // In a container of one user nobody may set groups, and nobody has any.
@@ -287,6 +303,9 @@ fn become_user(
             }
             set_thread_res_gid(gid, gid, gid)?;
             set_thread_res_uid(uid, uid, uid)?;
+        }
+        if let Some(privileges) = &privileges {
+            privileges.after_user()?;
         }
         Ok(())
     };

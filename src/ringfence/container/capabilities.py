@@ -6,7 +6,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["DEFAULT", "NAMES", "mask"]
+    from ringfence.container.fields import Fields
+
+__all__ = ["DEFAULT", "NAMES", "SETS", "mask", "sets"]
+
+SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")
 
 NAMES = tuple(
     f"CAP_{name}"
@@ -85,3 +89,8 @@ def mask(names: Iterable[str]) -> int:
         if name in NAMES:
             bits |= 1 << NAMES.index(name)
     return bits
+
+
+def sets(table: Fields) -> dict[str, int]:
+    """The sets of a configuration's ``process.capabilities``; one that isn't there is empty."""
+    return {name: mask(table.texts(name)) for name in SETS}

@@ -141,4 +141,5 @@ def profile() -> dict[str, object]:
 @functools.cache
 def compiled() -> dict[str, object]:
     """The profile as a filter for this host's processor."""
-    return seccomp.packed(Fields(profile()))
+    flags, program = seccomp.packed(Fields(profile()))
+    return {"flags": flags, "program": program}

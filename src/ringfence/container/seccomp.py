@@ -152,8 +152,8 @@ def compile_filter(profile: Fields, machine: str = "") -> tuple[int, list[Instru
     return flags & ~1, program
 
 
-def packed(profile: Fields) -> dict[str, object]:
-    """A profile as a plan has it: the filter's instructions as the kernel's bytes, in hexadecimal.
+def packed(profile: Fields) -> tuple[int, str]:
+    """A filter's flags, and its instructions as the kernel's bytes in hexadecimal, as plans have it.
 
     Numbers one by one would be most of a plan's text, written and read again for each container.
 
@@ -163,7 +163,7 @@ def packed(profile: Fields) -> dict[str, object]:
     """
     flags, program = compile_filter(profile)
     words = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-    return {"flags": flags, "program": words.hex()}
+    return flags, words.hex()
 
 
 class _Code:

@@ -283,7 +283,6 @@ def compile_process(process: Fields, linux: Fields, *, sets_groups: bool) -> dic
     if groups and not sets_groups:
         message = "process.user.additionalGids can't be set with a single group mapped"
         raise ConfigError(message)
-    caps = process.table("capabilities")
     plan: dict[str, object] = {
         "args": arguments,
         "env": _environment(process.texts("env")),
@@ -292,18 +291,16 @@ def compile_process(process: Fields, linux: Fields, *, sets_groups: bool) -> dic
         "gid": user.integer("gid"),
         "groups": groups if sets_groups else None,
         "umask": user.optional_integer("umask"),
-        "capabilities": {
-            name: capabilities.mask(caps.texts(name))
-            for name in ("bounding", "effective", "permitted", "inheritable", "ambient")
-        },
+        "capabilities": capabilities.sets(process.table("capabilities")),
         "no_new_privileges": process.flag("noNewPrivileges"),
-        "limits": _limits(process),
+        "limits": limits(process),
         "oom_score_adj": process.optional_integer("oomScoreAdj"),
     }
     if linux.table("seccomp").values:
         from ringfence.container import seccomp
 
-        plan["seccomp"] = seccomp.packed(linux.table("seccomp"))
+        number, program = seccomp.packed(linux.table("seccomp"))
+        plan["seccomp"] = {"flags": number, "program": program}
     _security_labels(plan, process)
     _scheduling(plan, process, linux)
     return plan
@@ -315,7 +312,12 @@ def _environment(pairs: list[str]) -> list[str]:
     return [pair for pair in last.values() if pair != "HOME="]
 
 
-def _limits(process: Fields) -> list[tuple[int, int, int]]:
+def limits(process: Fields) -> list[tuple[int, int, int]]:
+    """Each ``RLIMIT_*`` of a configuration with its soft and its hard value.
+
+    Raises:
+        ConfigError: There is no such limit.
+    """
     found = []
     for entry in process.tables("rlimits"):
         name = entry.text("type")

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ringfence.guest.frames import Json
-    from ringfence.guest.spec import ExecSpec, GuestSetup, InterfaceSpec, MountSpec, RootSpec
+    from ringfence.guest.spec import (
+        ExecSpec,
+        GuestSetup,
+        InterfaceSpec,
+        MountSpec,
+        Privileges,
+        RootSpec,
+    )
 
 __all__ = ["exec_request", "interface", "setup"]
 
@@ -80,4 +87,18 @@ def exec_request(spec: ExecSpec) -> Json:
         "terminal": None if size is None else {"columns": size.columns, "rows": size.rows},
         "stdin": spec.stdin,
         "timeout_ms": None if spec.timeout_s is None else int(spec.timeout_s * 1000),
+        "privileges": None if spec.privileges is None else _privileges(spec.privileges),
+    }
+
+
+def _privileges(wanted: Privileges) -> Json:
+    flags, program = wanted.seccomp or (0, "")
+    return {
+        "groups": wanted.groups,
+        "umask": wanted.umask,
+        "capabilities": None if wanted.capabilities is None else dict(wanted.capabilities),
+        "no_new_privileges": wanted.no_new_privileges,
+        "limits": wanted.limits,
+        "oom_score_adj": wanted.oom_score_adj,
+        "seccomp": {"flags": flags, "program": program} if wanted.seccomp else None,
     }

@@ -25,6 +25,7 @@ __all__ = [
     "LayerSpec",
     "MountSpec",
     "MountType",
+    "Privileges",
     "RootSpec",
     "TerminalSize",
     "Writable",
@@ -228,6 +229,31 @@ class TerminalSize:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Privileges:
+    """What a command may do beyond being its user, in the kernel's own numbers.
+
+    Args:
+        groups: Further groups, in place of those that the guest's files give the user.
+        umask: Its file mode creation mask.
+        capabilities: ``bounding``, ``effective``, ``permitted``, ``inheritable`` and ``ambient``, a
+            bit each; without them it has what its user has.
+        no_new_privileges: Nothing that it runs gets more, as setuid programs would.
+        limits: Each ``RLIMIT_*`` with its soft and its hard value.
+        oom_score_adj: How willingly the guest's kernel kills it for memory, -1000 to 1000.
+        seccomp: A filter of system calls: flags, and ``struct sock_filter`` of each instruction in
+            hexadecimal.
+    """
+
+    groups: tuple[int, ...] | None = None
+    umask: int | None = None
+    capabilities: Mapping[str, int] | None = None
+    no_new_privileges: bool = False
+    limits: tuple[tuple[int, int, int], ...] = ()
+    oom_score_adj: int | None = None
+    seccomp: tuple[int, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExecSpec:
     """One command.
 
@@ -240,6 +266,7 @@ class ExecSpec:
         terminal: With it the command has a terminal of that size: one stream both ways.
         stdin: Without it standard input is empty.
         timeout_s: Seconds after which the guest kills the command and what it started; None never.
+        privileges: What it may do; None: what its user may.
     """
 
     argv: tuple[str, ...]
@@ -249,6 +276,7 @@ class ExecSpec:
     terminal: TerminalSize | None = None
     stdin: bool = True
     timeout_s: float | None = None
+    privileges: Privileges | None = None
 
     def __post_init__(self) -> None:
         """Refuses an empty command and names that no process can have."""

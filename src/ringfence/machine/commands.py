@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ringfence.errors import RingfenceError
     from ringfence.guest.agent import GuestStats
-    from ringfence.guest.spec import TerminalSize
+    from ringfence.guest.spec import Privileges, TerminalSize
     from ringfence.machine.driver import AgentLike, FilesLike
     from ringfence.machine.spec import MachineSpec
 
@@ -100,6 +100,7 @@ class Commands(ABC):
         terminal: TerminalSize | None = None,
         stdin: bool = True,
         timeout_s: float | None = None,
+        privileges: Privileges | None = None,
     ) -> Process:
         """Starts a command and returns at once.
 
@@ -111,6 +112,7 @@ class Commands(ABC):
             terminal: With it the command has a terminal of that size.
             stdin: Without it standard input is empty.
             timeout_s: When the guest kills it; the machine's command time when None.
+            privileges: What it may do; what its user may when None.
 
         Raises:
             ConfigError: The command is no list of words.
@@ -128,6 +130,7 @@ class Commands(ABC):
             terminal=terminal,
             stdin=stdin,
             timeout_s=timeout_s if timeout_s is not None else defaults.timeout_s,
+            privileges=privileges,
         )
         agent = self._running_agent()
         self._command_began()

@@ -71,6 +71,60 @@ def test_an_annotation_gives_a_bundle_a_kernel_of_its_own(runtime: Runtime, tmp_
     assert left_behind("rf-vm") == []
 
 
+_STATUS = "^(Groups|CapBnd|CapPrm|CapEff|CapInh|CapAmb|NoNewPrivs|Seccomp):"
+_REFUSES_MKDIR = {
+    "defaultAction": "SCMP_ACT_ALLOW",
+    "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95}],
+}
+
+
+@pytest.mark.parametrize(("promised", "uid", "effective"), [(True, 0, 0x21), (False, 5, 0x01)])
+def test_its_program_may_do_what_a_containers_may(
+    runtime: Runtime, tmp_path: Path, *, promised: bool, uid: int, effective: int
+) -> None:
+    script = f"""
+        grep -E '{_STATUS}' /proc/self/status | tr -s '[:space:]' ' '; echo
+        cat /proc/sys/net/ipv4/ip_unprivileged_port_start; umask; ulimit -n; ulimit -Hn; cat /proc/self/oom_score_adj; mkdir /tmp/x
+    """
+    bundle = make_bundle(
+        tmp_path, "sh", "-c", script, **_VM,
+        linux={
+            "seccomp": _REFUSES_MKDIR,
+            "sysctl": {"net.ipv4.ip_unprivileged_port_start": "79"},
+        },
+        process={
+            "user": {"uid": uid, "gid": uid, "additionalGids": [7, 8], "umask": 0o27},
+            "noNewPrivileges": promised,
+            "oomScoreAdj": 321,
+        },
+    )  # fmt: skip
+    path = bundle / "config.json"
+    config = json.loads(path.read_text())
+    config["process"]["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": 77, "hard": 88}]
+    few, one = ["CAP_CHOWN", "CAP_KILL"], ["CAP_CHOWN"]
+    config["process"]["capabilities"] = {
+        "bounding": few, "permitted": few, "effective": few if uid == 0 else one,
+        "inheritable": one, "ambient": one,
+    }  # fmt: skip
+    path.write_text(json.dumps(config))
+
+    output = runtime("run", "--bundle", str(bundle), "rf-vm", status=1, timeout_s=120)
+
+    status, *rest = output.splitlines()
+    assert status.split() == [
+        "Groups:", "7", "8",
+        "CapInh:", f"{0x01:016x}",
+        "CapPrm:", f"{0x21 if uid == 0 else 0x01:016x}",
+        "CapEff:", f"{effective:016x}",
+        "CapBnd:", f"{0x21:016x}",
+        "CapAmb:", f"{0x01:016x}",
+        "NoNewPrivs:", str(int(promised)),
+        "Seccomp:", "2",
+    ]  # fmt: skip
+    assert rest[:5] == ["79", "0027", "77", "88", "321"]
+    assert rest[5].endswith("Operation not supported")
+
+
 def test_the_option_chooses_it_and_refuses_what_there_is_not(
     runtime: Runtime, tmp_path: Path
 ) -> None:
@@ -89,6 +143,8 @@ def test_the_option_chooses_it_and_refuses_what_there_is_not(
         ({"hooks": {"startContainer": [{"path": "/bin/true"}]}}, "startContainer"),
         ({"linux": {"devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]}},
          "devices"),
+        ({"process": {"ioPriority": {"class": "IOPRIO_CLASS_IDLE"}}}, "ioPriority"),
+        ({"process": {"rlimits": [{"type": "RLIMIT_LUCK", "soft": 1, "hard": 1}]}}, "RLIMIT_LUCK"),
     ],
 )  # fmt: skip
 def test_what_a_machine_lacks_is_refused(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path, PurePosixPath
 
+from ringfence.container import capabilities, seccomp
+from ringfence.container.spec import limits
 from ringfence.errors import ConfigError, UnsupportedError
+from ringfence.guest.spec import Privileges
 from ringfence.machine.spec import ENGINES, DirectoryRoot, MachineSpec, Mount, Timeouts
 
 TYPE_CHECKING = False
@@ -14,7 +17,15 @@ if TYPE_CHECKING:
     from ringfence.container.spec import Bundle
     from ringfence.machine.spec import EngineName
 
-__all__ = ["ANNOTATION", "check", "command", "engine_of", "host_resources", "machine_spec"]
+__all__ = [
+    "ANNOTATION",
+    "check",
+    "command",
+    "engine_of",
+    "host_resources",
+    "machine_spec",
+    "privileges",
+]
 
 # Says what runs a bundle: container, or an engine of virtual machines; vm is the best of them.
 ANNOTATION = "org.ringfence.engine"
@@ -68,6 +79,7 @@ def check(bundle: Bundle) -> None:
         # Engines list none for themselves: a device of the host was asked for.
         message = "linux.devices: a virtual machine can't be given the host's devices"
         raise UnsupportedError(message, hint="run it by ringfence-oci, as a container")
+    privileges(bundle.process, bundle.linux)
     _mounts(bundle)
 
 
@@ -136,6 +148,33 @@ def host_resources(resources: Fields) -> dict[str, object]:
     return {
         name: resources.values[name] for name in ("cpu", "blockIO", "network") if name in resources
     }
+
+
+# Of a process, what the guest's kernel isn't told.
+_NOT_TOLD = ("scheduler", "ioPriority", "execCPUAffinity")
+
+
+def privileges(process: Fields, linux: Fields) -> Privileges:
+    """What a program may do in the guest: as in a container, by the guest's own kernel.
+
+    Raises:
+        ConfigError: The configuration is malformed.
+        UnsupportedError: It asks for what a guest's program isn't given.
+    """
+    for name in _NOT_TOLD:
+        if name in process:
+            message = f"process.{name}: a virtual machine's programs aren't given that"
+            raise UnsupportedError(message, hint="run it by ringfence-oci, as a container")
+    user, profile = process.table("user"), linux.table("seccomp")
+    return Privileges(
+        groups=tuple(user.integers("additionalGids")),
+        umask=user.optional_integer("umask"),
+        capabilities=capabilities.sets(process.table("capabilities")),
+        no_new_privileges=process.flag("noNewPrivileges"),
+        limits=tuple(limits(process)),
+        oom_score_adj=process.optional_integer("oomScoreAdj"),
+        seccomp=seccomp.packed(profile) if profile.values else None,
+    )
 
 
 def command(process: Fields) -> tuple[list[str], dict[str, str], str, str]:

@@ -128,12 +128,15 @@ def open_terminal(console: int, process: Fields) -> int:
     return theirs
 
 
-def serve(commands: Commands, process: Fields, terminal: int, signals: passing.Signals) -> int:
+def serve(
+    commands: Commands, process: Fields, linux: Fields, terminal: int, signals: passing.Signals
+) -> int:
     """Runs a program in a machine to its end; returns its exit status.
 
     Args:
         commands: The machine.
         process: As a configuration says it.
+        linux: The configuration's ``linux``.
         terminal: From :func:`open_terminal`.
         signals: Those for the program.
 
@@ -144,7 +147,12 @@ def serve(commands: Commands, process: Fields, terminal: int, signals: passing.S
     size = passing.size_of(terminal) if terminal >= 0 else None
     streams = (0, 1, 2) if terminal < 0 else (terminal, terminal, terminal)
     running = commands.popen(
-        arguments, env=environment, workdir=directory, user=user, terminal=size
+        arguments,
+        env=environment,
+        workdir=directory,
+        user=user,
+        terminal=size,
+        privileges=bundles.privileges(process, linux),
     )
     with running:
         signals.pass_on(running, terminal)
@@ -173,6 +181,8 @@ def run(bundle: Bundle, state: State, channel: Channel, console: int, *, waits: 
         connected = any(name != _LOOPBACK for _number, name in socket.if_nameindex())
         spec = bundles.machine_spec(bundle, state.machine, state.engine, connected=connected)
         with Machine(spec, command=tuple(bundle.process.texts("args"))) as machine:
+            for name, value in bundle.linux.mapping("sysctl").items():
+                machine.files.write(f"/proc/sys/{name.replace('.', '/')}", value.encode())
             # An engine waits for it before the start.
             terminal = open_terminal(console, bundle.process)
             channel.tell(ready=True)
@@ -180,7 +190,7 @@ def run(bundle: Bundle, state: State, channel: Channel, console: int, *, waits: 
                 with open(state.fifo, "wb", buffering=0) as gate:
                     gate.write(b"0")
             os.close(channel.descriptor)
-            return serve(machine, bundle.process, terminal, signals)
+            return serve(machine, bundle.process, bundle.linux, terminal, signals)
     except (RingfenceError, OSError) as error:
         channel.tell(error=str(error))
         sys.stderr.write(f"{error}\n")

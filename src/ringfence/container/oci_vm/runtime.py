@@ -189,4 +189,5 @@ def _execute(state: State, process: Fields, console: int) -> int:
     monitor.join_groups(state)
     terminal = monitor.open_terminal(console, process)
     with AttachedMachine(state.machine) as machine:
-        return monitor.serve(machine, process, terminal, signals)
+        linux = state.config().table("linux")
+        return monitor.serve(machine, process, linux, terminal, signals)
