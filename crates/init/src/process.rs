@@ -20,6 +20,7 @@ use crate::error::Step;
 use crate::hooks;
 use crate::plan::Plan;
 use crate::plan::Process;
+use crate::plan::Seccomp;
 use crate::reaper;
 use crate::status::Message;
 use crate::status::Runtime;
@@ -86,7 +87,7 @@ pub(crate) fn become_program(
         sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1).step(|| "forbid new privileges".to_owned())?;
     } else if let Some(filter) = &process.seccomp {
         // Only a privileged process may install a filter without that promise.
-        sys::seccomp(filter).step(|| "install the system call filter".to_owned())?;
+        install(filter, runtime)?;
     }
     let entered = rustix::process::chdir(process.cwd.as_str());
     change_user(process, last)?;
@@ -104,12 +105,22 @@ pub(crate) fn become_program(
     if process.no_new_privileges
         && let Some(filter) = &process.seccomp
     {
-        sys::seccomp(filter).step(|| "install the system call filter".to_owned())?;
+        install(filter, runtime)?;
     }
     // As in runc: with what the program has, its filter included.
     let environment = environment(process);
     hooks::run("startContainer", &plan.start_hooks, state, &environment)?;
     Err(start(plan, program, &environment))
+}
+
+/// Installs the filter. Whoever decides its calls gets to know of it by the runtime, which takes the
+/// descriptor from here: to send it from here would take calls that are to be decided.
+fn install(filter: &Seccomp, runtime: &mut Runtime) -> Result<(), InitError> {
+    let listener = sys::seccomp(filter).step(|| "install the system call filter".to_owned())?;
+    if let Some(listener) = listener {
+        runtime.ask(&format!("listener {}", listener.as_raw_fd()))?;
+    }
+    Ok(())
 }
 
 fn limits(process: &Process) -> Result<(), InitError> {

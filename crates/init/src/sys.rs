@@ -239,8 +239,9 @@ pub(crate) fn set_limit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Installs a system call filter.
-pub(crate) fn seccomp(filter: &Seccomp) -> io::Result<()> {
+/// Installs a system call filter; with `SECCOMP_FILTER_FLAG_NEW_LISTENER` by what its calls are decided.
+pub(crate) fn seccomp(filter: &Seccomp) -> io::Result<Option<OwnedFd>> {
+    const NEW_LISTENER: u32 = 8;
     let program: Vec<libc::sock_filter> = filter
         .program
         .iter()
@@ -251,7 +252,7 @@ pub(crate) fn seccomp(filter: &Seccomp) -> io::Result<()> {
         filter: program.as_ptr().cast_mut(),
     };
     // SAFETY: the header names the program's own length; the kernel copies and checks it.
-    check(unsafe {
+    let number = check(unsafe {
         libc::syscall(
             libc::SYS_seccomp,
             libc::SECCOMP_SET_MODE_FILTER,
@@ -259,7 +260,10 @@ pub(crate) fn seccomp(filter: &Seccomp) -> io::Result<()> {
             &raw const header,
         )
     })?;
-    Ok(())
+    if filter.flags & NEW_LISTENER == 0 {
+        return Ok(None);
+    }
+    owned(number).map(Some)
 }
 
 /// Starts a new session keyring.

@@ -224,7 +224,15 @@ def _follow(bundle: Bundle, state: State, launch: Launch, options: CreateOptions
             hooks.run(bundle.config, kind, document)
         return lean_json.dumps(document)
 
-    answers = {"map": write_maps, "register": register, "hooks": run_hooks}
+    def give_listener() -> str:
+        from ringfence.container import listener
+
+        listener.tell(bundle.linux.table("seccomp"), state, launch.pid, int(launch.argument))
+        return ""
+
+    answers = {
+        "map": write_maps, "register": register, "hooks": run_hooks, "listener": give_listener,
+    }  # fmt: skip
     launch.follow(answers, until_ready=options.wait_for_start)
     if options.pidfd_socket:
         send_pidfd(options.pidfd_socket, state.pid)
@@ -275,9 +283,11 @@ def start(state: State) -> None:
     if status != "created":
         message = f"cannot start an already {status} container"
         raise StateError(message)
+    # An engine watches for what the program does once this process has ended: nothing that can be done
+    # before is left for between.
+    config = state.config()
     _open_gate(state)
     os.unlink(state.fifo)
-    config = state.config()
     if config.table("hooks").values:
         hooks.run(config, "poststart", state.document("running"))
 

@@ -29,12 +29,14 @@ class Launch:
         early: Namespaces (``CLONE_NEW*``) that it makes while the plan is still being written.
     """
 
-    __slots__ = ("_answers", "_buffer", "_plan", "_status", "pid", "stage")
+    __slots__ = ("_answers", "_buffer", "_plan", "_status", "argument", "pid", "stage")
 
     def __init__(
         self, inherit: Iterable[int] = (), streams: Sequence[int] | None = None, early: int = 0
     ) -> None:
         self.pid = 0
+        # What the question that is being answered is about, where it says so.
+        self.argument = ""
         self._buffer = b""
         status, status_end = os.pipe2(os.O_CLOEXEC)
         answers_end, answers = os.pipe2(os.O_CLOEXEC)
@@ -124,7 +126,8 @@ class Launch:
             self._buffer += chunk
 
     def _answer(self, answers: Mapping[str, Callable[[], str]], question: str) -> None:
-        text = answers[question]() if question in answers else ""
+        kind, _, self.argument = question.partition(" ")
+        text = answers[kind]() if kind in answers else ""
         try:
             os.write(self._answers, text.replace("\n", " ").encode() + b"\n")
         except BrokenPipeError:

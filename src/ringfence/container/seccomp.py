@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     # A way through: its conditions, all of which must hold, and what it leads to.
     Rule = tuple[list[Condition], int]
 
-__all__ = ["ACTIONS", "ARCHITECTURES", "OPERATORS", "compile_filter", "packed", "simulate"]
+__all__ = [
+    "ACTIONS",
+    "ARCHITECTURES",
+    "NEW_LISTENER",
+    "OPERATORS",
+    "compile_filter",
+    "packed",
+]
 
 ACTIONS = {
     "SCMP_ACT_KILL": 0x0000_0000,
@@ -35,6 +42,7 @@ ACTIONS = {
     "SCMP_ACT_TRAP": 0x0003_0000,
     "SCMP_ACT_ERRNO": 0x0005_0000,
     "SCMP_ACT_TRACE": 0x7FF0_0000,
+    "SCMP_ACT_NOTIFY": 0x7FC0_0000,
     "SCMP_ACT_LOG": 0x7FFC_0000,
     "SCMP_ACT_ALLOW": 0x7FFF_0000,
 }
@@ -45,7 +53,9 @@ _FLAGS = {
     "SECCOMP_FILTER_FLAG_TSYNC": 1,
     "SECCOMP_FILTER_FLAG_LOG": 2,
     "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4,
+    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": 32,
 }
+_NOTIFY, NEW_LISTENER = "SCMP_ACT_NOTIFY", 8
 _X32 = 0x4000_0000
 # Name: the audit number, the table, a bit in every number.
 ARCHITECTURES = {
@@ -65,9 +75,6 @@ _LONGEST = 4096
 
 def _action(name: str, errno: int | None, place: str) -> int:
     if name not in ACTIONS:
-        if name == "SCMP_ACT_NOTIFY":
-            message = f"{place}: decisions by another process (SCMP_ACT_NOTIFY) aren't there"
-            raise UnsupportedError(message)
         message = f"{place}: there is no action {name!r}"
         raise ConfigError(message)
     value = ACTIONS[name]
@@ -81,6 +88,10 @@ def _rules(profile: Fields) -> dict[str, list[Rule]]:
     found: dict[str, list[Rule]] = {}
     for entry in profile.tables("syscalls"):
         action = _action(entry.text("action"), entry.optional_integer("errnoRet"), entry.place)
+        if entry.text("action") == _NOTIFY and "write" in entry.texts("names"):
+            # By it the setup says that there is somebody to ask.
+            message = "SCMP_ACT_NOTIFY cannot be used for the write syscall"
+            raise ConfigError(message)
         conditions: list[Condition] = [
             (
                 argument.integer("index"),
@@ -120,6 +131,9 @@ def compile_filter(profile: Fields, machine: str = "") -> tuple[int, list[Instru
         message = f"system call filters for {machine} aren't there"
         raise UnsupportedError(message)
     native = _NATIVE[machine]
+    if profile.text("defaultAction") == _NOTIFY:
+        message = "SCMP_ACT_NOTIFY cannot be used as default action"
+        raise ConfigError(message)
     default = _action(
         profile.text("defaultAction"), profile.optional_integer("defaultErrnoRet"), "seccomp"
     )
@@ -139,7 +153,8 @@ def compile_filter(profile: Fields, machine: str = "") -> tuple[int, list[Instru
     for label, names in code.pending:
         code.label(label)
         _architecture(code, names, rules, default)
-    flags = 0
+    asks = any(action == ACTIONS[_NOTIFY] for ways in rules.values() for _, action in ways)
+    flags = NEW_LISTENER if asks else 0
     for name in profile.texts("flags"):
         if name not in _FLAGS:
             message = f"seccomp.flags: there is no flag {name!r}"
@@ -351,35 +366,3 @@ def _condition(code: _Code, condition: Condition, missed: str) -> None:
         message = f"seccomp: there is no comparison {operation!r}"
         raise ConfigError(message)
     code.label(holds)
-
-
-def simulate(program: list[Instruction], audit: int, number: int, arguments: list[int]) -> int:
-    """What a filter answers to one call, by the rules of the kernel's interpreter.
-
-    Raises:
-        ConfigError: The program runs off its end.
-    """
-    words = [number, audit, 0, 0]
-    for argument in (arguments + [0] * 6)[:6]:
-        words += [argument & _LOW, argument >> 32 & _LOW]
-    at = accumulator = 0
-    while at < len(program):
-        code, when_true, when_false, constant = program[at]
-        at += 1
-        if code == _RETURN:
-            return constant
-        if code == _LOAD:
-            accumulator = words[constant // 4]
-        elif code == _AND:
-            accumulator &= constant
-        elif code == _JUMP:
-            at += constant
-        else:
-            holds = {
-                _EQUAL: accumulator == constant,
-                _GREATER: accumulator > constant,
-                _GREATER_EQUAL: accumulator >= constant,
-            }[code]
-            at += when_true if holds else when_false
-    message = "the filter has no end"
-    raise ConfigError(message)

@@ -299,7 +299,11 @@ def compile_process(process: Fields, linux: Fields, *, sets_groups: bool) -> dic
     if linux.table("seccomp").values:
         from ringfence.container import seccomp
 
-        number, program = seccomp.packed(linux.table("seccomp"))
+        profile = linux.table("seccomp")
+        number, program = seccomp.packed(profile)
+        if number & seccomp.NEW_LISTENER and not profile.text("listenerPath"):
+            message = "seccomp listenerPath is not set"
+            raise ConfigError(message, hint="SCMP_ACT_NOTIFY needs somebody who decides")
         plan["seccomp"] = {"flags": number, "program": program}
     _security_labels(plan, process)
     _scheduling(plan, process, linux)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
+import select
 import socket
+import struct
 import subprocess
 import tempfile
+import threading
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -252,3 +256,80 @@ def test_a_filter_that_knows_no_young_calls_lets_programs_be_found(
     )  # fmt: skip
 
     assert runtime("run", "--bundle", str(bundle), name) == "found\n"
+
+
+_RECEIVE, _SEND = 0xC050_2100, 0xC018_2101
+_CONTINUE = 1
+
+
+def decide(listener: socket.socket, documents: list[dict[str, object]]) -> None:
+    """Answers what a container's filter asks: mkdir is out of stationery, all else goes on."""
+    while True:
+        try:
+            connection, _address = listener.accept()
+        except OSError:
+            return
+        with connection:
+            text, descriptors, _flags, _from = socket.recv_fds(connection, 1 << 16, 4)
+        documents.append(json.loads(text))
+        with os.fdopen(descriptors[0], "rb", buffering=0) as asked:
+            while select.select([asked], [], [], 20)[0]:
+                question = bytearray(80)
+                try:
+                    fcntl.ioctl(asked, _RECEIVE, question)
+                    number, call = struct.unpack_from("<Q8xi", question)
+                    refused = (-122, 0) if call in _MKDIR else (0, _CONTINUE)
+                    fcntl.ioctl(asked, _SEND, struct.pack("<Qqii", number, 0, *refused))
+                except OSError:
+                    break  # Whoever asked has ended.
+
+
+_MKDIR = (83, 258)
+
+
+@pytest.mark.parametrize("promised", [True, False])
+def test_another_process_decides_system_calls(
+    runtime: Runtime, tmp_path: Path, *, promised: bool
+) -> None:
+    profile = {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "listenerPath": str(tmp_path / "decides"),
+        "listenerMetadata": "word",
+        "flags": ["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"],
+        "syscalls": [
+            {"names": ["mkdir", "mkdirat", "execve", "read", "close"], "action": "SCMP_ACT_NOTIFY"}
+        ],
+    }
+    bundle = make_bundle(
+        tmp_path, "sleep", "100",
+        linux={"seccomp": profile}, process={"noNewPrivileges": promised},
+    )  # fmt: skip
+    documents: list[dict[str, object]] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "decides"))
+        listener.listen()
+        # One for each process with a filter of its own.
+        for _number in range(2):
+            threading.Thread(target=decide, args=(listener, documents), daemon=True).start()
+        runtime("run", "--detach", "--bundle", str(bundle), "asks")
+        pid = runtime.pid("asks")
+        output = runtime("exec", "asks", "sh", "-c", "mkdir /tmp/x; echo $?")
+        runtime("delete", "--force", "asks")
+        listener.shutdown(socket.SHUT_RDWR)
+
+    assert "quota exceeded" in output.lower()
+    first, second = documents
+    assert (first["fds"], first["pid"], first["metadata"]) == (["seccompFd"], pid, "word")
+    assert second["pid"] != pid
+    assert [dict(d["state"])["id"] for d in documents] == ["asks", "asks"]  # type: ignore[call-overload]
+
+
+def test_a_filter_that_asks_nobody_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+    rules = [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}]
+    profile = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules}
+    bundle = make_bundle(tmp_path, "true", linux={"seccomp": profile})
+
+    output = runtime("run", "--bundle", str(bundle), "asks", status=1)
+
+    assert "listenerPath is not set" in output
+    assert left_behind("asks") == []

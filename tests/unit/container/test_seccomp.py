@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ringfence.container.fields import Fields
-from ringfence.container.seccomp import compile_filter, simulate
+from ringfence.container.seccomp import compile_filter
 from ringfence.container.syscalls import AARCH64, I386, X86_64
 from ringfence.errors import ConfigError, UnsupportedError
+from tests.framework.filters import simulate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -165,8 +166,13 @@ def test_tables_agree_with_numbers_that_everybody_knows() -> None:
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="SCMP_ACT_NOTIFY"):
+    with pytest.raises(ConfigError, match="SCMP_ACT_NOTIFY"):
         compile_filter(Fields({"defaultAction": "SCMP_ACT_NOTIFY"}), "x86_64")
+    asking = {
+        "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule(["write"], "SCMP_ACT_NOTIFY")],
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="write"):
+        compile_filter(Fields(asking), "x86_64")
     with pytest.raises(ConfigError, match="SCMP_ACT_SIGH"):
         compile_filter(Fields({"defaultAction": "SCMP_ACT_SIGH"}), "x86_64")
     with pytest.raises(UnsupportedError, match="m68k"):

@@ -155,8 +155,7 @@ def exec_command(root: str, words: list[str]) -> int:
     if state.machine:
         return _in_machine(arguments, state, process)
     plan = _plan(state, process, config, arguments.texts("cgroup"))
-    keep = preserved(arguments)
-    plan["keep_descriptors"] = keep
+
     detach, wants_terminal = "detach" in arguments, process.flag("terminal")
     socket = arguments.text("console-socket")
     if wants_terminal and (detach or socket):
@@ -165,15 +164,15 @@ def exec_command(root: str, words: list[str]) -> int:
             raise ConfigError(message)
         from ringfence.container import terminal
 
-        return _run(arguments, plan, process, [*keep], terminal.connect(socket))
+        return _run(state, arguments, plan, process, terminal.connect(socket))
     if wants_terminal:
         from ringfence.container import terminal
 
         def start(console: int) -> tuple[State, Launch]:
-            return state, _launch(arguments, plan, process, keep, console, copied=True)
+            return state, _launch(state, arguments, plan, process, console, copied=True)
 
         return terminal.run_attached(start, lambda _state: None)
-    return _run(arguments, plan, process, keep, -1)
+    return _run(state, arguments, plan, process, -1)
 
 
 def _in_machine(arguments: Arguments, state: State, process: Fields) -> int:
@@ -201,14 +200,16 @@ def _in_machine(arguments: Arguments, state: State, process: Fields) -> int:
 
 
 def _launch(
+    state: State,
     arguments: Arguments,
     plan: Plan,
     process: Fields,
-    inherit: list[int],
     console: int,
     *,
     copied: bool = False,
 ) -> Launch:
+    inherit = preserved(arguments)
+    plan["keep_descriptors"] = list(inherit)
     if console >= 0:
         size = process.table("consoleSize")
         plan["console"] = {
@@ -217,7 +218,7 @@ def _launch(
             "columns": size.integer("width"),
             "copied": copied,
         }
-        inherit = [*inherit, console]
+        inherit.append(console)
     plan["ask_register"] = bool(arguments.text("pid-file"))
     launch = Launch(inherit)
     launch.give(plan)
@@ -226,18 +227,23 @@ def _launch(
         container.write_pid_file(arguments.text("pid-file"), launch.pid)
         return ""
 
-    launch.follow({"register": register}, until_ready=False)
+    def give_listener() -> str:
+        from ringfence.container import listener
+
+        profile = state.config().table("linux").table("seccomp")
+        listener.tell(profile, state, launch.pid, int(launch.argument))
+        return ""
+
+    launch.follow({"register": register, "listener": give_listener}, until_ready=False)
     if arguments.text("pidfd-socket"):
         container.send_pidfd(arguments.text("pidfd-socket"), launch.pid)
     return launch
 
 
-def _run(
-    arguments: Arguments, plan: Plan, process: Fields, inherit: list[int], console: int
-) -> int:
+def _run(state: State, arguments: Arguments, plan: Plan, process: Fields, console: int) -> int:
     from ringfence.container import waiting
 
     with waiting.Signals() as signals:
-        launch = _launch(arguments, plan, process, inherit, console)
+        launch = _launch(state, arguments, plan, process, console)
         launch.close()
         return 0 if "detach" in arguments else signals.wait(launch.pid)

@@ -166,6 +166,10 @@ def privileges(process: Fields, linux: Fields) -> Privileges:
             message = f"process.{name}: a virtual machine's programs aren't given that"
             raise UnsupportedError(message, hint="run it by ringfence-oci, as a container")
     user, profile = process.table("user"), linux.table("seccomp")
+    filter_ = seccomp.packed(profile) if profile.values else None
+    if filter_ and filter_[0] & seccomp.NEW_LISTENER:
+        message = "SCMP_ACT_NOTIFY: nobody of the host can decide a guest's system calls"
+        raise UnsupportedError(message, hint="run it by ringfence-oci, as a container")
     return Privileges(
         groups=tuple(user.integers("additionalGids")),
         umask=user.optional_integer("umask"),
@@ -173,7 +177,7 @@ def privileges(process: Fields, linux: Fields) -> Privileges:
         no_new_privileges=process.flag("noNewPrivileges"),
         limits=tuple(limits(process)),
         oom_score_adj=process.optional_integer("oomScoreAdj"),
-        seccomp=seccomp.packed(profile) if profile.values else None,
+        seccomp=filter_,
     )
 
 
