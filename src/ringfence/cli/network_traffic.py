@@ -28,6 +28,22 @@ __all__ = ["change_policy", "kernel_network", "reach_gateway", "show_refusals", 
 _USER_SPACE = ("user", "isolated")
 
 
+def _machine(name: str) -> state.Record:
+    """The machine of a name that is no network's.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    try:
+        return state.find(name).record
+    except NotFoundError as error:
+        if any(entry.record.id.startswith(name) for entry in state.list_machines()):
+            raise
+        message = f"there is neither a network nor a machine {name!r}"
+        hint = "ringfence network ls and ringfence ps -a list them"
+        raise NotFoundError(message, hint=hint) from error
+
+
 def reach_gateway(name: str) -> Gateway:
     """The gateway of a network, or of a machine that has one of its own.
 
@@ -36,7 +52,7 @@ def reach_gateway(name: str) -> Gateway:
         StateError: It doesn't run.
     """
     spec = Store().get(name)
-    key = name if spec is not None else state.find(name).record.id
+    key = name if spec is not None else _machine(name).id
     try:
         return gateway.connect(control_path(key))
     except StateError as error:
@@ -74,7 +90,7 @@ def change_policy(args: argparse.Namespace) -> int:
     if spec is not None:
         manage.set_policy(args.name, policy)
         return 0
-    record = state.find(args.name).record
+    record = _machine(args.name)
     changed = manage.set_machine_policy(record.id, policy)
     try:
         with gateway.connect(control_path(record.id)) as running:
@@ -95,7 +111,7 @@ def _show_policy(name: str) -> int:
             if lives and member.policy.says_something:
                 rows += _rows(member.name or member.machine_id, member.policy)
     else:
-        record = state.find(name).record
+        record = _machine(name)
         for shared, member in _memberships(record.id):
             rows += _rows(shared.name, member.policy)
         if "user" in record.network.split(", "):
@@ -116,7 +132,7 @@ def _rows(whose: str, policy: Policy) -> list[tuple[str, str]]:
 def _refusals(name: str) -> dict[str, object]:
     spec = kernel_network(name)
     if spec is None and Store().get(name) is None:
-        record = state.find(name).record
+        record = _machine(name)
         shared = _memberships(record.id)
         if shared and "user" not in record.network.split(", "):
             return _refusals_of_member(shared)
@@ -175,7 +191,7 @@ def write_capture(args: argparse.Namespace) -> int:
     name, machine = args.name, args.machine
     spec = kernel_network(name)
     if spec is None and Store().get(name) is None:
-        record = state.find(name).record
+        record = _machine(name)
         shared = [(one, member) for one, member in _memberships(record.id)]
         if shared and "user" not in record.network.split(", "):
             spec, machine = shared[0][0], record.id

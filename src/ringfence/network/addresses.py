@@ -33,6 +33,19 @@ Network = V4 | V6
 _ROUTES = Path("/proc/net/route")
 _ROUTES6 = Path("/proc/net/ipv6_route")
 _RESOLV = Path("/etc/resolv.conf")
+# What no network of machines can have (RFC 6890).
+_SPECIAL = {
+    ipaddress.ip_network(text): what
+    for text, what in (
+        ("0.0.0.0/8", "this host"),
+        ("127.0.0.0/8", "a host's loopback"),
+        ("169.254.0.0/16", "a link's own addresses"),
+        ("224.0.0.0/3", "groups and reserved addresses"),
+        ("::/8", "a host's loopback and translated addresses"),
+        ("fe80::/10", "a link's own addresses"),
+        ("ff00::/8", "groups"),
+    )
+}
 _POOL = ipaddress.IPv4Network("10.128.0.0/9")
 
 
@@ -117,6 +130,10 @@ def parse_subnet(text: str, taken: Iterable[tuple[str, Network]] = ()) -> Networ
     if not low <= found.prefixlen <= high:
         message = f"a network's prefix has {low} to {high} bits, not {found.prefixlen}"
         raise ConfigError(message)
+    for special, what in _SPECIAL.items():
+        if found.version == special.version and found.overlaps(special):
+            message = f"the subnet {found} overlaps {special}: {what}, not for a network"
+            raise ConfigError(message, hint="such as 10.5.0.0/24 or fd00:5::/64")
     for name, other in taken:
         if found.version == other.version and found.overlaps(other):
             message = f"the subnet {found} overlaps {other} of the network {name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -241,6 +242,7 @@ def bind_published(port: PublishedPort, *, listen: bool = True) -> socket.socket
 
     Raises:
         ConflictError: The port is in use.
+        ConfigError: The host has no such address.
         HostError: The host refuses it.
     """
     family = socket.AF_INET6 if ":" in port.address else socket.AF_INET
@@ -260,6 +262,9 @@ def bind_published(port: PublishedPort, *, listen: bool = True) -> socket.socket
         if isinstance(error, PermissionError):
             hint = "ports below 1024 need root, or: sysctl net.ipv4.ip_unprivileged_port_start=0"
             raise HostError(what, hint=hint, errno=error.errno) from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            message = f"cannot publish {port}: this host has no address {port.address}"
+            raise ConfigError(message, hint="ip addr lists them") from error
         hint = "choose another port of the host, or 0 for any that is free"
         raise ConflictError(what, hint=hint) from error
     return bound

@@ -302,6 +302,31 @@ while True:
         server.communicate()
 
 
+def test_a_guest_may_speak_first_at_a_published_port(make_guest: MakeGuest) -> None:
+    guest = make_guest(publish=(PublishedPort(host=0, guest=8000),))
+    source = """
+import socket
+t = socket.create_server(("", 8000))
+print("ready", flush=True)
+while True:
+    s, _ = t.accept(); s.sendall(b"welcome"); s.close()
+"""
+    server = guest.spawn("python3", "-c", source)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    try:
+        start = time.monotonic()
+        for _ in range(5):
+            port = guest.attachment.published[0].host
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as one:
+                assert one.recv(100) == b"welcome"
+        # A guest that heard nothing would send its answer again after a second.
+        assert time.monotonic() - start < 2.5
+    finally:
+        server.kill()
+        server.communicate()
+
+
 def test_a_port_in_use_is_said_and_nothing_is_left(make_guest: MakeGuest) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = PublishedPort(host=taken.getsockname()[1], guest=80)

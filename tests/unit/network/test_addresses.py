@@ -30,7 +30,10 @@ def test_chosen_subnets_overlap_nothing() -> None:
     assert addresses.choose_v6("x").subnet_of(ipaddress.IPv6Network("fd00::/8"))
 
 
-@pytest.mark.parametrize("text", ["10.5.0.1/24", "10.5.0.0/30", "10.0.0.0/7", "fd00::/16", "x"])
+@pytest.mark.parametrize(
+    "text",
+    ["10.5.0.1/24", "10.5.0.0/30", "10.0.0.0/7", "fd00::/16", "x", "127.1.0.0/16", "fe80::/64"],
+)
 def test_what_is_no_subnet_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         addresses.parse_subnet(text)
