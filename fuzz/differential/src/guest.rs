@@ -18,6 +18,7 @@ use ringfence_engine::VcpuWaker;
 use ringfence_engine::Vm;
 use ringfence_engine::VmSetup;
 use ringfence_engine_bt::BtEngine;
+use ringfence_engine_bt::Direct;
 use ringfence_memory::Bytes;
 use ringfence_memory::GuestAddress;
 use ringfence_memory::GuestRam;
@@ -104,15 +105,23 @@ fn flat(selector: u64, access: u32) -> Segment {
 }
 
 impl Guest {
-    /// A guest that waits for its first batch.
+    /// A guest that waits for its first batch. Its code is translated.
+    ///
+    /// # Errors
+    /// When the host can't run the engine.
+    pub fn new() -> Result<Self, EngineError> {
+        Self::with(Direct::Never)
+    }
+
+    /// The same, with code run directly when `direct` says so.
     ///
     /// # Errors
     /// When the host can't run the engine.
     ///
     /// # Panics
     /// When test memory can't be had.
-    pub fn new() -> Result<Self, EngineError> {
-        let engine = BtEngine::new()?;
+    pub fn with(direct: Direct) -> Result<Self, EngineError> {
+        let engine = BtEngine::new()?.with_direct(direct);
         let ram = GuestRam::new(ring0::RAM_BYTES, HugePages::Off).expect("test RAM");
         let vm = engine.create_vm(VmSetup {
             ram: ram.clone(),

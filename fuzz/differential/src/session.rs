@@ -5,6 +5,7 @@ use std::io;
 use iced_x86::Instruction;
 use iced_x86::Mnemonic;
 use ringfence_engine::EngineError;
+use ringfence_engine_bt::Direct;
 
 use crate::case::Case;
 use crate::case::END_BYTE;
@@ -37,6 +38,7 @@ const SIMD: u64 = 19;
 pub struct Session {
     native: Native,
     guest: Guest,
+    direct: Direct,
 }
 
 /// What went wrong with a batch.
@@ -145,15 +147,24 @@ impl Session {
         (hwcap2 & 2 == 0).then_some("user code can't set the FS base (FSGSBASE)")
     }
 
-    /// Starts both.
+    /// Starts both. Code is translated.
     ///
     /// # Errors
     /// When the host can't run one of them.
     pub fn new() -> Result<Self, EngineError> {
+        Self::with(Direct::Never)
+    }
+
+    /// Starts both, with code run directly when `direct` says so.
+    ///
+    /// # Errors
+    /// When the host can't run one of them.
+    pub fn with(direct: Direct) -> Result<Self, EngineError> {
         let native = Native::new().map_err(EngineError::host("start a process for native code"))?;
         Ok(Self {
             native,
-            guest: Guest::new()?,
+            guest: Guest::with(direct)?,
+            direct,
         })
     }
 
@@ -242,8 +253,8 @@ impl Session {
             Ok(found) => found,
             Err(failure) => {
                 // What the guest is in now is unknown: a new one takes over.
-                self.guest =
-                    Guest::new().map_err(|error| Trouble::Host(io::Error::other(error)))?;
+                self.guest = Guest::with(self.direct)
+                    .map_err(|error| Trouble::Host(io::Error::other(error)))?;
                 return mismatch(None, vec![failure.to_string()]);
             }
         };

@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 mod tests {
+    use ringfence_engine_bt::Direct;
     use ringfence_fuzz_differential::case::Case;
     use ringfence_fuzz_differential::case::Piece;
     use ringfence_fuzz_differential::guest::MANNERS;
@@ -58,12 +59,20 @@ mod tests {
             cases: vec![Case { pieces, state }],
             memory: 7,
         };
-        let mut session = Session::new().expect("both sides");
-        for manner in MANNERS {
-            if let Err(trouble) = session.run(&batch, &[manner]) {
-                panic!("{trouble:?}\n{}", batch.cases[0].listing());
+        for direct in [Direct::Never, Direct::Always] {
+            let mut session = Session::with(direct).expect("both sides");
+            for manner in MANNERS {
+                if let Err(trouble) = session.run(&batch, &[manner]) {
+                    panic!("{direct:?}: {trouble:?}\n{}", batch.cases[0].listing());
+                }
             }
         }
+    }
+
+    #[test]
+    fn code_may_write_over_its_own_page() {
+        // mov byte [rip + 1], 6; mov al, 5
+        check(&[0xc6, 0x05, 1, 0, 0, 0, 6, 0xb0, 5], |_| {});
     }
 
     #[test]

@@ -288,7 +288,7 @@ impl Core {
         } else {
             Access::Read
         };
-        if address >> 47 != 0 {
+        if address >> 47 != 0 || access == Access::Write && self.is_near_code(address) {
             return self.step();
         }
         match self.show(address, access) {
@@ -310,6 +310,16 @@ impl Core {
                 Err(fault.into())
             }
         }
+    }
+
+    /// Whether an instruction at RIP may reach into the page of `address`. No page is shown to write
+    /// and to execute at once, so that an instruction that writes over its own page would ask for
+    /// one and the other in turn.
+    fn is_near_code(&self, address: u64) -> bool {
+        let last = self.rip.wrapping_add(scan::TAIL as u64);
+        [self.rip, last]
+            .map(page_index)
+            .contains(&page_index(address))
     }
 
     /// Has a page of code translated until it is left, which happens by way of the monitor: no other

@@ -23,6 +23,7 @@ use super::filter;
 use super::spawner::Spawner;
 use super::stub;
 use super::stub::COMMAND_WORDS;
+use crate::core::flag;
 use crate::mapping::Reservation;
 use crate::mapping::memory_file;
 
@@ -271,6 +272,8 @@ impl Space {
             let at = self.context + context::REGISTERS + 8 * index as u64;
             self.set_word(at, registers[index]);
         }
+        let kept = registers[register::FLAGS] & stub::KEPT_FLAGS;
+        self.set_word(stub::HEAD + stub::FLAGS, kept | flag::IF | flag::ONE);
         self.set_word(self.context + context::MASK, 0);
         let software = self.software;
         self.write(self.fpstate + context::SOFTWARE, &software);

@@ -51,6 +51,10 @@ pub(crate) const SIGNAL_STACK: u64 = 32;
 /// Time-stamp counter when the guest's code was entered and left.
 pub(crate) const ENTERED: u64 = 96;
 pub(crate) const LEFT: u64 = 104;
+/// Flags that returning from a signal leaves as they are: [`KEPT_FLAGS`], and what must be set.
+pub(crate) const FLAGS: u64 = 112;
+/// NT and ID.
+pub(crate) const KEPT_FLAGS: u64 = 1 << 14 | 1 << 21;
 pub(crate) const GUEST_PROGRAM: u64 = 64;
 pub(crate) const MAPPER_PROGRAM: u64 = 80;
 pub(crate) const GUEST_FILTER: u64 = 128;
@@ -162,6 +166,8 @@ global_asm!(
     "shl rdx, 32",
     "or rax, rdx",
     "mov [rbx + {entered}], rax",
+    "push qword ptr [rbx + {flags}]",
+    "popfq",
     "mov rsp, r12",
     "mov eax, {sigreturn}",
     "syscall",
@@ -231,6 +237,7 @@ global_asm!(
     gs_base = const GS_BASE,
     entered = const ENTERED,
     left = const LEFT,
+    flags = const FLAGS,
     guest_listener = const GUEST_LISTENER,
     mapper_listener = const MAPPER_LISTENER,
 );

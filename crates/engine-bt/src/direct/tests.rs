@@ -109,3 +109,18 @@ fn code_that_destroys_its_signal_stack_loses_its_space_alone() {
     let (signal, _) = go(&mut space);
     assert_eq!(signal, libc::SIGSYS);
 }
+
+#[test]
+fn flags_that_a_signals_return_leaves_alone_are_the_codes_own() {
+    const NT_AND_ID: u64 = super::stub::KEPT_FLAGS;
+    // syscall
+    let (_spawner, mut space) = space_with(&[0x0f, 0x05]);
+    for wanted in [0, NT_AND_ID, 0] {
+        let mut registers = space.registers();
+        registers[register::RIP] = CODE;
+        registers[register::FLAGS] = 0x202 | wanted;
+        space.set_registers(&registers);
+        space.run().expect("a signal");
+        assert_eq!(space.registers()[register::FLAGS] & NT_AND_ID, wanted);
+    }
+}
