@@ -1,4 +1,4 @@
-//! The filters of a space's two processes, as classic BPF.
+//! The filters of the spawner and of a space's two processes, as classic BPF.
 //!
 //! | process | call | answer |
 //! |---|---|---|
@@ -9,6 +9,11 @@
 //! | mapper | `NOTIFY` | the monitor is told, the process waits |
 //! | mapper | `mmap`, `munmap`, `mprotect` | allowed |
 //! | mapper | all others | the process ends |
+//! | spawner | what it and a space's set-up need, some with certain arguments alone | allowed |
+//! | spawner | all others | a signal, which ends it |
+//!
+//! Spaces inherit the spawner's filter, and the stricter of two answers counts: so its answer to all
+//! others is a signal too, which in a space is the guest's.
 //!
 //! A guest that jumps to the stub's places can tell the monitor something false of its own
 //! registers, and set its own registers: it could do that anyhow.
@@ -24,6 +29,7 @@ use super::stub::NOTIFY;
 
 const LOAD_WORD: u16 = 0x20;
 const JUMP_EQUAL: u16 = 0x15;
+const JUMP_ANY: u16 = 0x45;
 const RETURN: u16 = 0x06;
 const AT_NUMBER: u32 = 0;
 const AT_ARCHITECTURE: u32 = 4;
@@ -145,4 +151,63 @@ pub(crate) fn of_mapper() -> Vec<Instruction> {
         give(ALLOW),
         give(KILL),
     ]
+}
+
+/// Flags of `clone` that make namespaces.
+const NEW_NAMESPACES: u32 = 0x7e02_0000;
+
+/// The spawner's filter, which holds for a space's processes before they have their own: whatever
+/// code the VM process has them map, they can't do more.
+pub(crate) fn of_spawner() -> Vec<Instruction> {
+    let free = [
+        libc::SYS_recvmsg,
+        libc::SYS_sendmsg,
+        libc::SYS_mmap,
+        libc::SYS_munmap,
+        libc::SYS_mprotect,
+        libc::SYS_close,
+        libc::SYS_nanosleep,
+        libc::SYS_clock_nanosleep,
+        libc::SYS_rt_sigaction,
+        libc::SYS_rt_sigprocmask,
+        libc::SYS_rt_sigreturn,
+        libc::SYS_sigaltstack,
+        libc::SYS_getppid,
+        libc::SYS_exit,
+        libc::SYS_exit_group,
+    ];
+    let first_argument = [
+        (libc::SYS_prctl, libc::PR_SET_PDEATHSIG.unsigned_abs()),
+        (libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER),
+        (libc::SYS_arch_prctl, ARCH_SET_CPUID.unsigned_abs()),
+    ];
+    let mut program = vec![load(AT_ARCHITECTURE), unless(X86_64, 0), load(AT_NUMBER)];
+    for number in free {
+        program.extend([unless(number as u32, 1), give(ALLOW)]);
+    }
+    for (number, value) in first_argument {
+        program.extend([
+            unless(number as u32, 4),
+            load(AT_ARGUMENTS),
+            unless(value, 1),
+            give(ALLOW),
+            give(TRAP),
+        ]);
+    }
+    program.extend([
+        unless(libc::SYS_clone as u32, 4),
+        load(AT_ARGUMENTS),
+        Instruction {
+            code: JUMP_ANY,
+            jump_true: 1,
+            jump_false: 0,
+            value: NEW_NAMESPACES,
+        },
+        give(ALLOW),
+        give(TRAP),
+        give(TRAP),
+    ]);
+    let to_trap = program.len() - 3;
+    program[1] = unless(X86_64, u8::try_from(to_trap).unwrap_or(u8::MAX));
+    program
 }

@@ -29,6 +29,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicI32;
 use std::sync::atomic::Ordering;
 
+use super::filter;
 use super::stub;
 
 /// What a new space is reached by.
@@ -81,13 +82,14 @@ impl Spawner {
         if made != 0 {
             return Err(io::Error::last_os_error());
         }
+        let filter = filter::of_spawner();
         // SAFETY: just made, and owned by nobody else.
         let (ours, theirs) =
             unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) };
         // SAFETY: a fork. The child makes system calls alone: it takes no locks and allocates nothing.
         match unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) } {
             -1 => Err(io::Error::last_os_error()),
-            0 => serve(theirs.as_raw_fd(), memory),
+            0 => serve(theirs.as_raw_fd(), memory, &filter),
             _ => Ok(Self { socket: ours }),
         }
     }
@@ -203,7 +205,7 @@ fn end(status: libc::c_int) -> ! {
 }
 
 /// The spawner's life.
-fn serve(socket: RawFd, memory: RawFd) -> ! {
+fn serve(socket: RawFd, memory: RawFd, filter: &[filter::Instruction]) -> ! {
     // SAFETY: system calls on this process's own state; the descriptors are moved out of each
     // other's way first.
     unsafe {
@@ -221,6 +223,25 @@ fn serve(socket: RawFd, memory: RawFd) -> ! {
         libc::close(1);
         libc::close(2);
         libc::syscall(libc::SYS_close_range, SOCKET_FD + 1, u32::MAX, 0);
+        let nothing = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        libc::setrlimit(libc::RLIMIT_FSIZE, &raw const nothing);
+        libc::setrlimit(libc::RLIMIT_CORE, &raw const nothing);
+        let program = libc::sock_fprog {
+            len: filter.len() as u16,
+            filter: filter.as_ptr().cast_mut().cast(),
+        };
+        let set = libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &raw const program,
+        );
+        if set != 0 {
+            end(1);
+        }
     }
     loop {
         let mut descriptors = [-1; DESCRIPTORS];
@@ -281,14 +302,10 @@ fn make_space(file: RawFd) -> Result<(), ()> {
             unsafe { libc::usleep(PAUSE_US) };
             waited_us += PAUSE_US;
         }
-        let number = process.load(Ordering::SeqCst);
-        // SAFETY: a query.
-        let process = unsafe { libc::syscall(libc::SYS_pidfd_open, number, 0) };
-        let process = RawFd::try_from(process).unwrap_or(-1);
         let parts = [
             guest.load(Ordering::SeqCst),
             mapper.load(Ordering::SeqCst),
-            process,
+            process.load(Ordering::SeqCst),
         ];
         if parts.iter().all(|&part| part >= 0) {
             result = send(SOCKET_FD, &parts).map_err(|_| ());
@@ -298,13 +315,9 @@ fn make_space(file: RawFd) -> Result<(), ()> {
             unsafe { libc::close(part) };
         }
         if result.is_err() {
-            // SAFETY: our own children, if they still are.
-            unsafe {
-                libc::syscall(libc::SYS_kill, child, libc::SIGKILL);
-                if number > 0 {
-                    libc::syscall(libc::SYS_kill, number, libc::SIGKILL);
-                }
-            }
+            // It can signal nobody, but what it started ends with it. Spaces that were well are
+            // lost too, which their vCPUs can do without.
+            end(1);
         }
     }
     // SAFETY: the mapping and the descriptor are this function's own.

@@ -44,7 +44,7 @@ pub(crate) const GS_BASE: u64 = 8;
 /// The filters' descriptors, once they are in place.
 pub(crate) const GUEST_LISTENER: u64 = 16;
 pub(crate) const MAPPER_LISTENER: u64 = 20;
-/// Number of the guest's process.
+/// Descriptor of the guest's process.
 pub(crate) const GUEST_PROCESS: u64 = 24;
 /// `stack_t` of the guest's signals.
 pub(crate) const SIGNAL_STACK: u64 = 32;
@@ -95,14 +95,12 @@ global_asm!(
     "mov eax, {clone}",
     "mov edi, {guest_flags}",
     "xor esi, esi",
-    "xor edx, edx",
+    "movabs rdx, {guest_process}",
     "xor r10d, r10d",
     "xor r8d, r8d",
     "syscall",
     "test eax, eax",
     "jz 5f",
-    "movabs rbx, {head}",
-    "mov [rbx + {guest_process}], eax",
     "xor edi, edi",
     "mov eax, {exit}",
     "syscall",
@@ -224,10 +222,10 @@ global_asm!(
     sigaltstack = const libc::SYS_sigaltstack,
     arch_prctl = const libc::SYS_arch_prctl,
     arch_set_cpuid = const ARCH_SET_CPUID,
-    guest_flags = const libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_PARENT,
+    guest_flags = const libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_PARENT | libc::CLONE_PIDFD,
     mapper_flags = const libc::CLONE_VM | libc::CLONE_FILES | libc::SIGCHLD,
     stack = const BASE + HEAD + SIGNAL_STACK,
-    guest_process = const GUEST_PROCESS,
+    guest_process = const BASE + HEAD + GUEST_PROCESS,
     notify = const NOTIFY,
     head = const BASE + HEAD,
     commands = const BASE + COMMANDS,

@@ -72,6 +72,54 @@ fn the_stubs_own_calls_are_trapped_elsewhere() {
     }
 }
 
+/// Runs code in a process that has the spawner's filter alone, as one that the VM process was taken
+/// over in could have it run; returns the signal that ended it.
+fn ended_under_the_spawners_filter(number: i64, arguments: [u64; 2]) -> Option<i32> {
+    let filter = super::filter::of_spawner();
+    let program = libc::sock_fprog {
+        len: u16::try_from(filter.len()).expect("short"),
+        filter: filter.as_ptr().cast_mut().cast(),
+    };
+    // SAFETY: the child makes system calls alone and ends.
+    unsafe {
+        let child = libc::fork();
+        if child == 0 {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+            libc::syscall(
+                libc::SYS_seccomp,
+                libc::SECCOMP_SET_MODE_FILTER,
+                0,
+                &raw const program,
+            );
+            libc::syscall(number, arguments[0], arguments[1], 0, 0, 0);
+            libc::syscall(libc::SYS_exit_group, 0);
+        }
+        let mut status = 0;
+        assert_eq!(libc::waitpid(child, &raw mut status, 0), child);
+        libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status))
+    }
+}
+
+#[test]
+fn a_space_can_do_little_even_before_it_has_its_own_filter() {
+    let nothing = u64::MAX;
+    for (number, arguments) in [
+        (libc::SYS_openat, [nothing, 0]),
+        (libc::SYS_socket, [1, 1]),
+        (libc::SYS_kill, [0, 0]),
+        (libc::SYS_ptrace, [16, 1]),
+        (libc::SYS_execve, [0, 0]),
+        (libc::SYS_clone3, [0, 0]),
+        (libc::SYS_clone, [0x1000_0000 | 17, 0]),
+        (libc::SYS_prctl, [4, 1]),
+    ] {
+        let signal = ended_under_the_spawners_filter(number, arguments);
+        assert_eq!(signal, Some(libc::SIGSYS), "{number}");
+    }
+    let signal = ended_under_the_spawners_filter(libc::SYS_getppid, [0, 0]);
+    assert_eq!(signal, None);
+}
+
 #[test]
 fn nothing_of_the_host_is_in_a_space() {
     // mov rbx, [rbx]: the monitor's own code, the stack, the commands for writing.
