@@ -63,6 +63,7 @@ GROUPS: dict[str, tuple[Need, ...]] = {
         Need(package="nftables", program="nft", why="the networks' tests"),
         Need(package="dnsmasq-base", program="dnsmasq", why="networks of the host's kernel"),
         Need(package="iputils-ping", program="ping", why="the networks' tests"),
+        Need(package="cpio", program="cpio", why="the witness of archives for the kernel"),
         Need(package="curl", program="curl", why="the networks' tests"),
         Need(package="xz-utils", program="xz", why="kernels compressed for the loader's tests"),
         Need(package="docker-registry", program="docker-registry", why="images pulled and pushed"),

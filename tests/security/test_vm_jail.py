@@ -81,6 +81,13 @@ def test_ordinary_life_goes_on_behind_all_filters(kernel: Path) -> None:
         assert process.wait_exit()["reason"] == "killed"
 
 
+@pytest.mark.parametrize("thread", THREADS)
+def test_a_heap_that_shrinks_opens_nothing(kernel: Path, thread: str) -> None:
+    with jailed(kernel) as process:
+        assert layers(process)["system calls"] == "on"
+        assert do(process, "shrink", thread=thread) == 0
+
+
 def test_without_filters_there_are_no_paths(kernel: Path) -> None:
     with jailed(kernel, off=["seccomp", "landlock"]) as process:
         held = layers(process)

@@ -53,13 +53,13 @@ const ENGINES: &[Entry] = &[
     },
 ];
 
-/// Whether user code runs directly: what the environment asks for.
+/// Whether hot user code runs directly: yes, unless the environment asks for translation alone.
 #[cfg(feature = "bt")]
 fn direct() -> ringfence_engine_bt::Direct {
-    if std::env::var_os("RINGFENCE_BT_DIRECT").is_some_and(|value| value == "1") {
-        ringfence_engine_bt::Direct::Earned
-    } else {
+    if std::env::var_os("RINGFENCE_BT_DIRECT").is_some_and(|value| value == "0") {
         ringfence_engine_bt::Direct::Never
+    } else {
+        ringfence_engine_bt::Direct::Earned
     }
 }
 

@@ -20,6 +20,7 @@ mod devices;
 mod engines;
 mod error;
 mod exit;
+mod heap;
 mod jail;
 mod log;
 #[cfg(feature = "testing")]

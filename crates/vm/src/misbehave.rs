@@ -61,6 +61,8 @@ enum Act {
     Descriptor,
     /// Becomes root.
     BecomeRoot,
+    /// Takes much memory in small parts and gives it back, which is no misdeed.
+    Shrink,
 }
 
 fn check(result: i64) -> io::Result<()> {
@@ -100,6 +102,11 @@ fn act(act: Act, number: i32) -> io::Result<()> {
         Act::Trace => check(unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) }),
         // SAFETY: F_GETFD changes nothing.
         Act::Descriptor => check(i64::from(unsafe { libc::fcntl(number, libc::F_GETFD) })),
+        Act::Shrink => {
+            let parts: Vec<Vec<u8>> = (0..256).map(|_| vec![1; 64 << 10]).collect();
+            drop(std::hint::black_box(parts));
+            Ok(())
+        }
         // SAFETY: changes who the calling thread is, no memory.
         Act::BecomeRoot => check(unsafe { libc::syscall(libc::SYS_setresuid, 0, 0, 0) }),
     }

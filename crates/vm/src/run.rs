@@ -32,6 +32,7 @@ use crate::descriptors;
 use crate::descriptors::Descriptors;
 use crate::error::kind_name;
 use crate::exit;
+use crate::heap;
 use crate::jail::Jail;
 use crate::jail::Report;
 use crate::log;
@@ -39,6 +40,7 @@ use crate::log;
 /// Runs the process: see the crate's page.
 #[must_use]
 pub fn main() -> ExitCode {
+    heap::share();
     let calibration = TscCalibration::start();
     let mut timing = Timing::start();
     let (mut connection, result) = start(calibration, &mut timing);

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def nested_host() -> Iterator[NestedHost]:
     """A booted host with a usable /dev/kvm."""
     with NestedHost() as host:
