@@ -181,13 +181,14 @@ pub(crate) fn of_spawner() -> Vec<Instruction> {
         (libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER),
         (libc::SYS_arch_prctl, ARCH_SET_CPUID.unsigned_abs()),
     ];
+    let is = |call: i64, otherwise| unless(call.unsigned_abs() as u32, otherwise);
     let mut program = vec![load(AT_ARCHITECTURE), unless(X86_64, 0), load(AT_NUMBER)];
     for number in free {
-        program.extend([unless(number as u32, 1), give(ALLOW)]);
+        program.extend([is(number, 1), give(ALLOW)]);
     }
     for (number, value) in first_argument {
         program.extend([
-            unless(number as u32, 4),
+            is(number, 4),
             load(AT_ARGUMENTS),
             unless(value, 1),
             give(ALLOW),
@@ -195,7 +196,7 @@ pub(crate) fn of_spawner() -> Vec<Instruction> {
         ]);
     }
     program.extend([
-        unless(libc::SYS_clone as u32, 4),
+        is(libc::SYS_clone, 4),
         load(AT_ARGUMENTS),
         Instruction {
             code: JUMP_ANY,
