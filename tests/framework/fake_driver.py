@@ -224,6 +224,9 @@ class FakeMachine:
             self.ending = self.ending or ending
             self._changed.notify_all()
 
+    def await_ready(self) -> None:
+        return
+
     def pause(self) -> None:
         self.state = "paused"
 

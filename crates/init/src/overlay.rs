@@ -1,21 +1,22 @@
 //! Unions of directories: what is written stays in memory or goes to a directory of its own.
 
 use std::ffi::CString;
-use std::fs;
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::CWD;
+use rustix::fs::AtFlags;
 use rustix::fs::FileType;
+use rustix::fs::Gid;
 use rustix::fs::Mode;
 use rustix::fs::OFlags;
+use rustix::fs::Stat;
+use rustix::fs::Uid;
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
 use crate::error::InitError;
 use crate::error::Step;
-use crate::mounts::copy_owner;
 use crate::paths::Kind;
 use crate::paths::Tree;
 use crate::plan::Overlay;
@@ -57,8 +58,13 @@ pub(crate) fn mount_part(
     options: &[String],
 ) -> Result<(), InitError> {
     let (upper, work) = places(memory, &format!("part{number}"), Some(&part.lower))?;
-    for hidden in &part.hide {
-        hide(Path::new(&upper), Path::new(&part.lower), Path::new(hidden))?;
+    if !part.hide.is_empty() {
+        let what = || format!("open {}", part.lower);
+        let above = rustix::fs::open(upper.as_str(), HANDLE, Mode::empty()).step(what)?;
+        let below = rustix::fs::open(part.lower.as_str(), HANDLE, Mode::empty()).step(what)?;
+        for hidden in &part.hide {
+            hide(&above, &below, Path::new(hidden))?;
+        }
     }
     let target = tree.make(&part.target, Kind::Directory)?;
     let lower = std::slice::from_ref(&part.lower);
@@ -83,40 +89,62 @@ fn places(
     name: &str,
     like: Option<&String>,
 ) -> Result<(String, String), InitError> {
-    let base = format!("{}/{name}", Tree::name(memory.as_fd()));
     let what = || format!("make {name} in the overlay's memory");
-    let (upper, work) = (format!("{base}/upper"), format!("{base}/work"));
-    for path in [&base, &upper, &work] {
-        fs::create_dir(path).step(what)?;
+    let (upper, work) = (format!("{name}/upper"), format!("{name}/work"));
+    // By the descriptor: a path through /proc takes longer than what is done at its end.
+    for path in [name, &upper, &work] {
+        rustix::fs::mkdirat(memory, path, Mode::RWXU).step(what)?;
     }
     if let Some(lower) = like {
-        copy_owner(Path::new(lower), Path::new(&upper)).step(what)?;
+        let below = rustix::fs::open(lower.as_str(), HANDLE, Mode::empty()).step(what)?;
+        let status = rustix::fs::fstat(&below).step(what)?;
+        look_like(memory, Path::new(&upper), &status).step(what)?;
     }
-    Ok((upper, work))
+    let base = Tree::name(memory.as_fd());
+    Ok((format!("{base}/{upper}"), format!("{base}/{work}")))
+}
+
+/// Gives a directory another's owner and mode.
+fn look_like(folder: &OwnedFd, path: &Path, like: &Stat) -> Result<(), Errno> {
+    let owner = (Uid::from_raw(like.st_uid), Gid::from_raw(like.st_gid));
+    let flags = AtFlags::empty();
+    match rustix::fs::chownat(folder, path, Some(owner.0), Some(owner.1), flags) {
+        // An owner that has no number in this user namespace: it is its root's.
+        Err(Errno::INVAL) => {}
+        result => result?,
+    }
+    rustix::fs::chmodat(folder, path, Mode::from_raw_mode(like.st_mode), flags)
 }
 
 /// Makes a path of the lower directory not exist: a whiteout, which is a device of number 0.
-fn hide(upper: &Path, lower: &Path, path: &Path) -> Result<(), InitError> {
+fn hide(upper: &OwnedFd, lower: &OwnedFd, path: &Path) -> Result<(), InitError> {
     let what = || format!("hide {}", path.display());
-    if lower.join(path).symlink_metadata().is_err() {
-        return Ok(());
+    let white_out =
+        || match rustix::fs::mknodat(upper, path, FileType::CharacterDevice, Mode::empty(), 0) {
+            Err(Errno::EXIST) => Ok(()),
+            result => result,
+        };
+    match white_out() {
+        Err(Errno::NOENT) => {}
+        result => return result.step(what),
     }
-    if let Some(parent) = path.parent() {
-        let mut so_far = std::path::PathBuf::new();
-        for part in parent.components() {
-            so_far.push(part);
-            match fs::create_dir(upper.join(&so_far)) {
-                Ok(()) => copy_owner(&lower.join(&so_far), &upper.join(&so_far)).step(what)?,
-                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error).step(what),
-            }
+    let mut parents: Vec<&Path> = path.ancestors().skip(1).collect();
+    // The last is the directory itself.
+    parents.pop();
+    for parent in parents.into_iter().rev() {
+        match rustix::fs::mkdirat(upper, parent, Mode::RWXU) {
+            Ok(()) => {}
+            Err(Errno::EXIST) => continue,
+            Err(error) => return Err(error).step(what),
+        }
+        match rustix::fs::statat(lower, parent, AtFlags::empty()) {
+            Ok(status) => look_like(upper, parent, &status).step(what)?,
+            // It has gone, and what was to be hidden with it.
+            Err(Errno::NOENT) => {}
+            Err(error) => return Err(error).step(what),
         }
     }
-    let place = upper.join(path);
-    match rustix::fs::mknodat(CWD, &place, FileType::CharacterDevice, Mode::empty(), 0) {
-        Ok(()) | Err(Errno::EXIST) => Ok(()),
-        Err(error) => Err(error).step(what),
-    }
+    white_out().step(what)
 }
 
 /// An overlay's options, and the descriptors that they name.

@@ -82,6 +82,10 @@ pub(crate) fn build(root: &Root) -> Result<Tree, InitError> {
 }
 
 fn chmod(handle: &OwnedFd, mode: u32) -> Result<(), Errno> {
+    // Most have been made with it.
+    if rustix::fs::fstat(handle)?.st_mode & 0o7777 == mode {
+        return Ok(());
+    }
     // A handle can't be changed itself, and the path is that of the host's /proc.
     rustix::fs::chmod(
         Tree::name(handle.as_fd()).as_str(),

@@ -233,7 +233,7 @@ def _follow(bundle: Bundle, state: State, launch: Launch, options: CreateOptions
     answers = {
         "map": write_maps, "register": register, "hooks": run_hooks, "listener": give_listener,
     }  # fmt: skip
-    launch.follow(answers, until_ready=options.wait_for_start)
+    launch.follow(answers, until="ready" if options.wait_for_start else "")
     if options.pidfd_socket:
         send_pidfd(options.pidfd_socket, state.pid)
     if options.pid_file:

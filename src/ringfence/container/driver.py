@@ -25,7 +25,7 @@ from ringfence.container.cgroups import stats
 from ringfence.container.cgroups.view import mount_table
 from ringfence.container.file_limit import file_limit
 from ringfence.container.identity import Maps, own_maps
-from ringfence.container.launch import Launch
+from ringfence.container.machine_setup import Setup, spawn
 from ringfence.container.oci import template
 from ringfence.container.spec import device_links, device_nodes
 from ringfence.errors import StateError, UnsupportedError
@@ -35,7 +35,6 @@ from ringfence.machine.network_plan import Attachments, describe, tell_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from ringfence.container.cgroups.group import Group
     from ringfence.container.launch import Plan
@@ -72,7 +71,7 @@ class ContainerDriver:
             check.check_container(spec)
             check.check_host(spec)
         with ExitStack() as stack, phases.measure("container"):
-            machine = _launch(spec, place, stack)
+            machine = _launch(spec, place, phases, stack)
             machine.own(stack.pop_all())
         return machine
 
@@ -102,7 +101,7 @@ class ContainerMachine:
     """A machine in a container.
 
     Args:
-        pid: Its first process, a child of this one.
+        setup: Of its first process, a child of this one.
         agent: Runs commands in it.
         group: Its control groups.
         place: Where its files are.
@@ -110,11 +109,12 @@ class ContainerMachine:
     """
 
     def __init__(
-        self, pid: int, agent: Agent, group: Group, place: Place, attachments: Attachments
+        self, setup: Setup, agent: Agent, group: Group, place: Place, attachments: Attachments
     ) -> None:
-        self._pid = pid
+        self._setup = setup
+        self._pid = setup.launch.pid
         self._attachments = attachments
-        self._handle = os.pidfd_open(pid)
+        self._handle = os.pidfd_open(self._pid)
         self._agent = agent
         self._group = group
         self._place = place
@@ -136,6 +136,19 @@ class ContainerMachine:
     def info(self) -> RunningInfo:
         """What is known of it."""
         return RunningInfo(engine="container", pid=self._pid, kernel=os.uname().release)
+
+    def await_ready(self) -> None:
+        """Waits until its first process is the agent.
+
+        Raises:
+            HostError: A step of its setup failed.
+        """
+        try:
+            self._setup.follow()
+        except BaseException as error:
+            self._setup.launch.reap()
+            self._ending = Ending(reason="failed", message=str(error))
+            raise
 
     def balloon(self, target_mib: int) -> None:
         """Containers have no balloon."""
@@ -257,7 +270,7 @@ class ContainerMachine:
         self._handle = -1
 
 
-def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachine:
+def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -> ContainerMachine:
     maps = own_maps() if os.geteuid() != 0 else None
     group = machine_group.plan(place)
     stack.callback(machine_group.remove, group)
@@ -267,7 +280,7 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
     trees = host_tree.give_mounts(mounts, spec, stack)
     # Started first, so that it loads and makes namespaces while the rest is decided here.
     early = _EARLY if maps is None else 0
-    launch = _spawn(place, path, [program, *trees], early, stack)
+    launch = spawn(place, path, [program, *trees], early, stack)
     try:
         group.make()
         device_rules = machine_group.limit(group, spec)
@@ -282,44 +295,13 @@ def _launch(spec: MachineSpec, place: Place, stack: ExitStack) -> ContainerMachi
         host_tree.tell_network(plan, attachments.interfaces())
         plan["ask_register"] = any(attachments)
         launch.give(plan)
-        _follow(launch, maps, attachments)
+        setup = Setup(launch, maps, attachments, phases)
+        setup.follow(until="pid")
     except BaseException:
         launch.reap()
         raise
     agent = ContainedAgent(lambda: sockets.connect(path), group)
-    return ContainerMachine(launch.pid, agent, group, place, attachments)
-
-
-def _spawn(place: Place, path: Path, inherit: list[int], early: int, stack: ExitStack) -> Launch:
-    """Starts the setup program with what the agent will have: its socket, its life and its log."""
-    listener = sockets.listen(path)
-    stack.callback(path.unlink, missing_ok=True)
-    ours, theirs = os.pipe2(os.O_CLOEXEC)
-    # Its write end is this process's life: the container ends when it is closed.
-    stack.callback(os.close, theirs)
-    log = os.open(place.folder / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        launch = Launch(inherit, (listener.fileno(), ours, log), early)
-    finally:
-        os.close(ours)
-        os.close(log)
-        listener.close()
-    stack.callback(launch.close)
-    return launch
-
-
-def _follow(launch: Launch, maps: Maps | None, attachments: Attachments) -> None:
-    def write_maps() -> str:
-        if maps is not None:
-            maps.write(launch.stage)
-        return ""
-
-    def register() -> str:
-        for attachment in attachments:
-            attachment.enter(launch.pid)
-        return ""
-
-    launch.follow({"map": write_maps, "register": register}, until_ready=False)
+    return ContainerMachine(setup, agent, group, place, attachments)
 
 
 def _plan(

@@ -103,7 +103,8 @@ class _Seen:
         self.changes = _changes(self.folders)
         self.usr = _private_usr()
         # What gets a text of its own is hidden too: the host's can't be replaced by users.
-        self.etc = sorted({*host_root.hidden_in_etc(Path("/etc")), *_GENERATED})
+        hidden = {*host_root.hidden_in_etc(Path("/etc")), *_GENERATED}
+        self.etc = sorted(name for name in hidden if os.path.lexists(f"/etc/{name}"))
         self.accounts = _accounts()
 
 

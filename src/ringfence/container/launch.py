@@ -81,12 +81,13 @@ class Launch:
             os.close(self._plan)
             self._plan = -1
 
-    def follow(self, answers: Mapping[str, Callable[[], str]], *, until_ready: bool) -> None:
-        """Answers questions until the program runs, or waits to be started.
+    def follow(self, answers: Mapping[str, Callable[[], str]], *, until: str = "") -> None:
+        """Answers questions until the program runs.
 
         Args:
             answers: What to do for each question; what it returns is the answer.
-            until_ready: Return where the program waits to be started.
+            until: Return earlier: when its number is known (``pid``), or where it waits to be
+                started (``ready``).
 
         Raises:
             HostError: The setup failed; the message names the step.
@@ -101,6 +102,8 @@ class Launch:
                 for question in early:
                     self._answer(answers, question)
                 early.clear()
+                if until == "pid":
+                    return
             elif "ask" in message:
                 question = message.text("ask")
                 # The second stage may speak before the first has said its number.
@@ -110,7 +113,7 @@ class Launch:
                     early.append(question)
             elif "error" in message:
                 self._failed(message.table("error"))
-            elif "ready" in message and until_ready:
+            elif "ready" in message and until == "ready":
                 return
 
     def _lines(self) -> Iterable[bytes]:

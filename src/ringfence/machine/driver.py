@@ -222,6 +222,13 @@ class Running(Protocol):
     def info(self) -> RunningInfo:
         """What is known of it."""
 
+    def await_ready(self) -> None:
+        """Waits until it takes commands, where starting it didn't.
+
+        Raises:
+            HostError: It couldn't be set up.
+        """
+
     def pause(self) -> None:
         """Stops it where it is."""
 
@@ -265,7 +272,7 @@ class Driver(Protocol):
     """Starts machines of some engines."""
 
     def start(self, spec: MachineSpec, place: Place, phases: Phases) -> Running:
-        """Starts a machine and waits until it takes commands.
+        """Starts a machine; it takes commands once :meth:`Running.await_ready` has returned.
 
         Args:
             spec: What it is; its engine is one of this driver's, never ``auto``.

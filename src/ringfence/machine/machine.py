@@ -111,6 +111,8 @@ class Machine(Commands):
                 driver = engines.load_driver(choice.engine)
                 self._running = driver.start(self._spec, Place.of(entry), self._phases)
                 self._entered(entry, self._running)
+                self._running.await_ready()
+                self.make_workdir()
             except BaseException:
                 with suppress(GuestCrash):
                     self.close()
@@ -130,9 +132,8 @@ class Machine(Commands):
             self._defaults = CommandDefaults.of(self._spec)
 
     def _entered(self, entry: state.Entry, running: Running) -> None:
-        """What follows once it runs."""
+        """What follows once there is a process that will run it."""
         self._entry = entry
-        self.make_workdir()
         info = running.info
         entry.update(status="running", vm_pid=info.pid, kernel=info.kernel)
         methods = requests.methods(self, running)

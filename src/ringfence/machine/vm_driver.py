@@ -115,6 +115,9 @@ class VmMachine:
         """What is known of it."""
         return self._info
 
+    def await_ready(self) -> None:
+        """It has been waited for."""
+
     def pause(self) -> None:
         """Holds its vCPUs."""
         self._process.control.call("pause")

@@ -234,7 +234,7 @@ def _launch(
         listener.tell(profile, state, launch.pid, int(launch.argument))
         return ""
 
-    launch.follow({"register": register, "listener": give_listener}, until_ready=False)
+    launch.follow({"register": register, "listener": give_listener})
     if arguments.text("pidfd-socket"):
         container.send_pidfd(arguments.text("pidfd-socket"), launch.pid)
     return launch
