@@ -175,6 +175,7 @@ enum Request {
         policy: Option<PolicyConfig>,
     },
     SetNames(BTreeMap<String, Vec<IpAddr>>),
+    SetSharedNames(BTreeMap<String, Vec<IpAddr>>),
     SetNameservers(Vec<IpAddr>),
     CaptureStart {
         fd: i32,
@@ -243,6 +244,7 @@ fn perform(
             None => return Err(format!("there is no link named {name:?}").into()),
         },
         Request::SetNames(names) => gateway.world.set_names(&names),
+        Request::SetSharedNames(names) => gateway.world.set_shared_names(&names),
         Request::SetNameservers(servers) => gateway.world.nameservers = servers,
         Request::CaptureStart { fd, port } => {
             let fd = fds.take(fd)?;

@@ -173,7 +173,9 @@ pub(crate) struct World {
     /// The same as it was written.
     pub(crate) written_policy: crate::config::PolicyConfig,
     pub(crate) pins: Pins,
-    pub(crate) names: BTreeMap<String, Vec<IpAddr>>,
+    names: BTreeMap<String, Vec<IpAddr>>,
+    /// Of other networks that the machines are on.
+    shared_names: BTreeMap<String, Vec<IpAddr>>,
     pub(crate) nameservers: Vec<IpAddr>,
     pub(crate) refusals: Refusals,
     pub(crate) counters: Counters,
@@ -197,6 +199,7 @@ impl World {
             written_policy: config.policy.clone(),
             pins: Pins::default(),
             names: lower(&config.names),
+            shared_names: BTreeMap::new(),
             nameservers: config.nameservers.clone(),
             refusals: Refusals::default(),
             counters: Counters::default(),
@@ -281,6 +284,15 @@ impl World {
 
     pub(crate) fn set_names(&mut self, names: &BTreeMap<String, Vec<IpAddr>>) {
         self.names = lower(names);
+    }
+
+    pub(crate) fn set_shared_names(&mut self, names: &BTreeMap<String, Vec<IpAddr>>) {
+        self.shared_names = lower(names);
+    }
+
+    /// The addresses of a name that is answered here.
+    pub(crate) fn addresses_of(&self, name: &str) -> Option<&Vec<IpAddr>> {
+        self.names.get(name).or_else(|| self.shared_names.get(name))
     }
 
     /// Sends a frame to `port`.

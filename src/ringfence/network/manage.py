@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ringfence.errors import ConfigError, ConflictError, RingfenceError
-from ringfence.network import addresses, leases
+from ringfence.network import addresses, leases, user
 from ringfence.network.store import MODES, Member, NetworkSpec, Store
 
 if TYPE_CHECKING:
@@ -238,6 +238,18 @@ def _names(store: Store, network: str) -> Names:
     return found
 
 
+def _tell_gateway(store: Store, machine_id: str) -> None:
+    """Tells a machine's own gateway whom it finds on other networks: it asks that one alone."""
+    found: Names = {}
+    for name in store.names():
+        living = _living(store, name)
+        if any(member.machine_id == machine_id for member in living):
+            for member in living:
+                if member.name:
+                    found.setdefault(member.name, list(member.addresses))
+    user.tell_names(machine_id, found)
+
+
 def _tell_neighbours(store: Store, network: str, living: Sequence[Member]) -> None:
     """Tells networks that share machines with one whose machines changed."""
     machines = {member.machine_id for member in living}
@@ -247,6 +259,8 @@ def _tell_neighbours(store: Store, network: str, living: Sequence[Member]) -> No
         if spec is not None and machines & {member.machine_id for member in others}:
             with suppress(RingfenceError):
                 mode_of(spec).settle(spec, others, _names(store, name))
+    for machine_id in machines:
+        _tell_gateway(store, machine_id)
 
 
 def _settle(store: Store, spec: NetworkSpec) -> None:
@@ -364,3 +378,4 @@ def _left(store: Store, network: str, machine_id: str, fd: int) -> None:
     if spec is not None:
         with suppress(RingfenceError):
             _settle(store, spec)
+    _tell_gateway(store, machine_id)

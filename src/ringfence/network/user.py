@@ -9,18 +9,19 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from ringfence import _paths
-from ringfence.errors import ConfigError
+from ringfence.errors import ConfigError, StateError
 from ringfence.guest.spec import InterfaceSpec
 from ringfence.network import addresses, dnsmasq, gateway, tap
 from ringfence.network.attachment import Attachment, NetnsPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from ringfence.network.gateway import Gateway
     from ringfence.network.options import AttachOptions, Kind, PublishedPort
 
-__all__ = ["attach", "control_path", "join", "log_path"]
+__all__ = ["attach", "control_path", "join", "log_path", "tell_names"]
 
 # The largest packet: no segment has to be split, whatever it is of.
 MTU = 65520
@@ -158,6 +159,14 @@ def join(
         hosts=options.hosts,
         published=published,
     )
+
+
+def tell_names(machine_id: str, names: Mapping[str, list[str]]) -> None:
+    """Tells a machine's own gateway, if it has one, the names of other networks that it is on."""
+    path = control_path(machine_id)
+    if path.exists():
+        with suppress(StateError), gateway.connect(path) as running:
+            running.call("set_shared_names", dict(names))
 
 
 def publish(running: Gateway, name: str, options: AttachOptions) -> list[PublishedPort]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,23 @@ def test_a_machine_is_on_several_networks_from_its_start(engine: EngineName, pee
         assert app.run([*_WEB.split(), f"http://{peer.v4}/"]).exit_code == 0
         assert not _pings(db, peer.v4)
         assert web.run(["getent", "hosts", "app"]).stdout.startswith(("10.95.0.20", "fd"))
+
+
+def test_interfaces_that_come_at_once_are_used_at_once_and_names_are_found() -> None:
+    others = ("isolated", "host-only", "nat")
+    with Machine(engine="bt", name="one") as one, ExitStack() as stack:
+        for network in others:
+            machine = Machine(engine="container", name=f"in-{network}", network=network)
+            stack.enter_context(machine)
+        for network in others:
+            one.connect(network)
+        found = stack.pop_all()
+        with found:
+            for network in others:
+                assert one.run(["getent", "hosts", f"in-{network}"]).exit_code == 0, network
+                # The kernel asks again for a neighbour's address after a second.
+                ping = ["ping", "-4", "-c", "1", "-W", "0.8", f"in-{network}"]
+                assert one.run(ping).exit_code == 0, network
 
 
 def test_interfaces_come_and_go_while_a_machine_runs(engine: EngineName, peer: Peer) -> None:

@@ -249,3 +249,42 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(monkeypatch: pytest.Monkey
 def test_a_link_that_goes_while_it_is_removed_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "_index", lambda *_: 1 << 30)
     links.remove("rftgone")
+
+
+_SERVE_UDP = """
+import socket
+u = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+u.bind(("::", 8000))
+print("ready", flush=True)
+while True:
+    data, peer = u.recvfrom(100)
+    u.sendto(b"udp " + data, peer)
+"""
+
+
+def test_datagrams_and_ipv6_are_published_too(
+    make_guest: MakeGuest, peer: Peer, serving: list[subprocess.Popen[str]]
+) -> None:
+    ports = tuple(
+        PublishedPort(host=0, guest=8000, address=address, transport=transport)
+        for address in ("127.0.0.1", "198.51.100.1", "::", "2001:db8:9::1")
+        for transport in ("tcp", "udp")
+    )
+    one = make_guest("nat", publish=ports, dns=())
+    serve(one, serving)
+    serving.append(one.spawn("python3", "-c", _SERVE_UDP))
+    assert serving[-1].stdout is not None
+    assert serving[-1].stdout.readline() == "ready\n"
+    for port in one.attachment.published:
+        address = {"::": "2001:db8:9::1"}.get(port.address, port.address)
+        if address == "127.0.0.1":
+            kind = socket.SOCK_STREAM if port.transport == "tcp" else socket.SOCK_DGRAM
+            with socket.socket(socket.AF_INET, kind) as link:
+                link.settimeout(5)
+                link.connect((address, port.host))
+                link.send(b"hello")
+                found = link.recv(100).decode()
+        else:
+            asking = ask if port.transport == "tcp" else ask_udp
+            found = asking(peer, address, port.host)
+        assert found.startswith({"tcp": "guest hello", "udp": "udp hello"}[port.transport]), port

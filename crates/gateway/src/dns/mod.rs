@@ -170,7 +170,7 @@ impl Dns {
             self.fail(world, client, query, Code::FormatError);
             return;
         };
-        if let Some(addresses) = world.names.get(&question.name) {
+        if let Some(addresses) = world.addresses_of(&question.name) {
             let answer = message::own(query, &question, addresses);
             self.reply(world, client, query, &answer);
             return;
