@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import socket
+import subprocess
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.system.test_cli_run import env, left_behind, ringfence
+from tests.system.test_cli_run import COMMAND, env, left_behind, ringfence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 __all__ = ["env"]
 
@@ -101,3 +106,55 @@ def test_a_machine_that_asks_for_what_cannot_be_is_not_started(
     assert said in text
     assert "Traceback" not in text
     assert left_behind(env) == []
+
+
+def test_a_network_of_an_ordinary_user_by_all_verbs(
+    env: dict[str, str], taken_port: int, tmp_path: Path
+) -> None:
+    def said(*words: str) -> str:
+        done = ringfence(env, *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode()
+
+    said("network", "create", "web", "--subnet", "10.211.0.0/24", "--lease", "db=10.211.0.9")
+    said(
+        *("run", "-d", "--name", "db", "--network", "web", "--hostname", "box"),
+        *("--add-host", "x.test:192.0.2.9", "-p", "0:8000", "--", "sleep", "infinity"),
+    )
+    try:
+        shown = said("exec", "db", "sh", "-c", "hostname; ip -o addr; getent hosts x.test db")
+        assert {"box", "192.0.2.9"} <= set(shown.split())
+        assert "10.211.0.9/24" in shown
+        said("network", "policy", "web", "--allow", f"host:{taken_port}", "--deny", "192.0.2.0/24")
+        assert "deny 192.0.2.0/24" in said("network", "policy", "web")
+        with subprocess.Popen(
+            [*COMMAND, "network", "capture", "web", "-o", str(tmp_path / "x.pcap")], env=env
+        ) as capturing:
+            # It begins once the file is there.
+            deadline = time.monotonic() + 10
+            while not (tmp_path / "x.pcap").exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            reached = "exec 3<>/dev/tcp/{}/{}"
+            host = reached.format("host.ringfence.internal", taken_port)
+            assert ringfence(env, "exec", "db", "bash", "-c", host).returncode == 0
+            other = reached.format("192.0.2.1", 80)
+            assert ringfence(env, "exec", "db", "bash", "-c", other).returncode != 0
+            capturing.send_signal(signal.SIGINT)
+        assert capturing.returncode == 0
+        assert (tmp_path / "x.pcap").stat().st_size > 200
+        (refused,) = json.loads(said("network", "refusals", "web", "--format", "json"))["recent"]
+        assert (refused["port"], refused["destination"]) == ("db", "192.0.2.1:80")
+        assert "192.0.2.0/24" in refused["reason"]
+        inspected = json.loads(said("network", "inspect", "web"))
+        assert inspected["gateway"]["ports"][0]["counters"]["sent_frames"] > 0
+        assert (
+            b"machines are on the network web: db" in ringfence(env, "network", "rm", "web").stderr
+        )
+        said("network", "connect", "isolated", "db")
+        assert "eth1" in said("exec", "db", "ip", "-o", "link")
+        said("network", "disconnect", "web", "db")
+        assert "eth0" not in said("exec", "db", "ip", "-o", "link")
+    finally:
+        ringfence(env, "rm", "-f", "db")
+    assert said("network", "ls", "-q") == "web\n"
+    said("network", "rm", "web")

@@ -138,10 +138,26 @@ def _refusals(name: str) -> dict[str, object]:
             return _refusals_of_member(shared)
     if spec is None:
         with reach_gateway(name) as running:
-            return dict(running.refusals())
+            return _by_name(dict(running.refusals()), name)
     from ringfence.network import kernel  # noqa: PLC0415 - for these modes alone
 
     return kernel.refusals(spec)
+
+
+def _by_name(found: dict[str, object], network: str) -> dict[str, object]:
+    """What a gateway refused, with machines' names: it knows them by their IDs."""
+    members = [member for member, _ in Store().members(network)]
+    names = {one.machine_id: one.name for one in members if one.name}
+    if Store().get(network) is None:
+        record = _machine(network)
+        names[record.id] = record.name
+    recent = cast("list[dict[str, object]]", found["recent"])
+    return {**found, "recent": [_with_name(one, names) for one in recent]}
+
+
+def _with_name(refusal: dict[str, object], names: dict[str, str]) -> dict[str, object]:
+    machine = str(refusal["port"])
+    return {**refusal, "port": names.get(machine, machine)}
 
 
 def _refusals_of_member(shared: list[tuple[NetworkSpec, Member]]) -> dict[str, object]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ringfence.network.options import PublishedPort
 
-__all__ = ["Gateway", "bind_published", "connect", "spawn", "stop"]
+__all__ = ["Gateway", "bind_published", "connect", "listens", "spawn", "stop"]
 
 _MAX_ANSWER = 1 << 20
 _TIMEOUT_S = 10.0
@@ -188,11 +188,14 @@ def _start(
 
 def _listen(path: Path) -> socket.socket:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _unlink(path)
+    # It has its name once it listens: whoever finds one that doesn't may take it away.
+    fresh = path.with_suffix(".new")
+    _unlink(fresh)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        listener.bind(str(path))
+        listener.bind(str(fresh))
         listener.listen(8)
+        fresh.rename(path)
     except OSError as error:
         listener.close()
         message = f"cannot make the control socket {path}: {error.strerror or error}"
@@ -223,6 +226,20 @@ def connect(path: Path) -> Gateway:
         StateError: There is none.
     """
     return Gateway(_connect(path))
+
+
+def listens(path: Path) -> bool:
+    """Whether a gateway listens there, if it is one of a gateway at all."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.settimeout(0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            # It has others to listen to.
+            return True
+    return True
 
 
 def stop(path: Path, log: Path) -> None:

@@ -153,6 +153,7 @@ def remove(name: str) -> None:
 
 def heal() -> None:
     """Takes away what machines left whose holders died."""
+    user.sweep()
     store = Store()
     if not store.names():
         return

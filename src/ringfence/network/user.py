@@ -13,6 +13,7 @@ from ringfence.errors import ConfigError, StateError
 from ringfence.guest.spec import InterfaceSpec
 from ringfence.network import addresses, dnsmasq, gateway, tap
 from ringfence.network.attachment import Attachment, NetnsPlan
+from ringfence.network.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ringfence.network.gateway import Gateway
     from ringfence.network.options import AttachOptions, Kind, PublishedPort
 
-__all__ = ["attach", "control_path", "join", "log_path", "tell_names"]
+__all__ = ["attach", "control_path", "join", "log_path", "sweep", "tell_names"]
 
 # The largest packet: no segment has to be split, whatever it is of.
 MTU = 65520
@@ -53,6 +54,7 @@ def attach(machine_id: str, kind: Kind, options: AttachOptions) -> Attachment:
         ConflictError: A published port is in use.
         HostError: The gateway can't be started.
     """
+    sweep()
     v4, v6 = _subnets()
     mac = options.mac or addresses.derive_mac(machine_id, "user")
     own = [str(v4[_GUEST_HOST]), str(v6[_GUEST_HOST])]
@@ -102,12 +104,28 @@ def log_path(name: str) -> Path:
     return folder / f"{name}.log"
 
 
+def sweep() -> None:
+    """Takes away what is left of machines' gateways whose makers were killed.
+
+    A network's own is its network's affair.
+    """
+    networks = Store().names()
+    folder = control_path("x").parent
+    for path in (*folder.glob("*.sock"), *folder.glob("*.new")):
+        if path.stem not in networks and not gateway.listens(path):
+            _forget(path)
+
+
+def _forget(path: Path) -> None:
+    # By the socket it is known that there is something left.
+    for one in (log_path(path.stem), path):
+        with suppress(OSError):
+            one.unlink(missing_ok=True)
+
+
 def _end(running: Gateway, path: Path) -> None:
     running.close()
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
-    with suppress(OSError):
-        log_path(path.stem).unlink(missing_ok=True)
+    _forget(path)
 
 
 def _names(options: AttachOptions, own: list[str], gateways: list[str]) -> dict[str, list[str]]:
