@@ -130,6 +130,9 @@ pub(crate) struct Root {
     pub(crate) read_only_paths: Vec<String>,
     #[serde(default)]
     pub(crate) read_only: bool,
+    /// The mounts are made in the runtime's own namespace: the process gets no more than a changed root.
+    #[serde(default)]
+    pub(crate) shared: bool,
     /// Change the root with chroot after moving the mount: for a root that is an initramfs.
     #[serde(default)]
     pub(crate) no_pivot: bool,

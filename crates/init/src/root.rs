@@ -45,12 +45,20 @@ pub(crate) struct Entered {
 /// Mounts what the container sees. The root isn't entered yet.
 pub(crate) fn build(root: &Root) -> Result<Tree, InitError> {
     let propagation = MountPropagationFlags::from_bits_retain(root.propagation);
-    rustix::mount::mount_change("/", propagation)
-        .step(|| "set the mounts' propagation".to_owned())?;
+    if !root.shared {
+        rustix::mount::mount_change("/", propagation)
+            .step(|| "set the mounts' propagation".to_owned())?;
+    }
     let memory = match &root.overlay {
         Some(overlay) => overlay::mount_root(overlay, &root.path)?,
         None => bind_to_itself(&root.path).map(|()| None)?,
     };
+    if root.shared {
+        // What is mounted below stays out of other namespaces, which see the host's mounts.
+        rustix::mount::mount_change(root.path.as_str(), MountPropagationFlags::PRIVATE)
+            .step(|| format!("make {} private", root.path))?;
+        return Tree::open(&root.path).and_then(|tree| fill(root, tree));
+    }
     // pivot_root refuses a root whose mount, or whose parent mount, is shared.
     if propagation.contains(MountPropagationFlags::SHARED) {
         make_parent_private(&root.path)?;
@@ -62,6 +70,11 @@ pub(crate) fn build(root: &Root) -> Result<Tree, InitError> {
         }
     }
     drop(memory);
+    fill(root, tree)
+}
+
+/// What is mounted and made in the root.
+fn fill(root: &Root, tree: Tree) -> Result<Tree, InitError> {
     for (path, mode) in &root.directories {
         let made = tree.make(path, Kind::Directory)?;
         chmod(&made, *mode).step(|| format!("set the mode of {path}"))?;
@@ -160,7 +173,9 @@ pub(crate) fn enter(
     change(root, tree)?;
     let own =
         MountPropagationFlags::from_bits_retain(root.propagation) - MountPropagationFlags::REC;
-    if own.intersects(MountPropagationFlags::SHARED | MountPropagationFlags::UNBINDABLE) {
+    if !root.shared
+        && own.intersects(MountPropagationFlags::SHARED | MountPropagationFlags::UNBINDABLE)
+    {
         rustix::mount::mount_change("/", own).step(|| "share the root".to_owned())?;
     }
     Ok(Entered { terminal, state })
@@ -237,6 +252,10 @@ fn mask(
 fn change(root: &Root, tree: &Tree) -> Result<(), InitError> {
     let what = || "change the root".to_owned();
     rustix::process::fchdir(tree.root()).step(what)?;
+    if root.shared {
+        rustix::process::chroot(".").step(what)?;
+        return rustix::process::chdir("/").step(what);
+    }
     if root.no_pivot {
         hide_bare_file_systems(&root.path);
         rustix::mount::mount_move(".", "/").step(what)?;

@@ -103,6 +103,10 @@ def create(bundle: Bundle, root: str, name: str, options: CreateOptions) -> tupl
         state.bundle, state.rootfs, state.created = bundle.path, bundle.rootfs, now()
         state.annotations = bundle.config.mapping("annotations")
         state.save_config(f"{bundle.path}/config.json")
+        if "mount" not in bundle.namespaces:
+            from ringfence.container import shared_mounts
+
+            shared_mounts.remember(state.directory, bundle.rootfs)
         state.group = take_group(bundle, name, options)
         launch = _launch(bundle, state, options)
         _follow(bundle, state, launch, options)
@@ -320,6 +324,10 @@ def destroy(state: State) -> None:
     config = None
     if os.path.exists(f"{state.directory}/config.json") and state.pid:
         config = state.config()
+    if os.path.exists(f"{state.directory}/mounts"):
+        from ringfence.container import shared_mounts
+
+        shared_mounts.take_away(state.directory, state.rootfs)
     state.remove()
     if state.machine:
         from ringfence.machine.state import list_machines

@@ -158,6 +158,7 @@ class Bundle:
             compiled = [_labelled(entry, label) for entry in compiled]
         return {
             "path": self.rootfs,
+            "shared": "mount" not in self.namespaces,
             "propagation": flags.PROPAGATION[propagation] | 0x4000,
             "mounts": compiled,
             "devices": [] if device_tree_bound else self._devices(),
@@ -250,8 +251,9 @@ def namespace_paths(linux: Fields) -> dict[str, str]:
             message = f"{entry.place}: the path {path!r} isn't absolute"
             raise ConfigError(message)
         found[kind] = path
-    if "mount" not in found:
-        message = "linux.namespaces: a container needs a mount namespace of its own"
+    hides = linux.texts("maskedPaths") or linux.texts("readonlyPaths")
+    if "mount" not in found and hides:
+        message = "unable to restrict sys entries without a private MNT namespace"
         raise ConfigError(message)
     return found
 

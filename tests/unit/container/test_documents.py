@@ -120,8 +120,8 @@ def test_a_relative_source_is_below_the_bundle() -> None:
 def test_namespaces_are_known_and_there_once() -> None:
     with pytest.raises(ConfigError, match="twice"):
         namespace_paths(Fields({"namespaces": [{"type": "mount"}, {"type": "mount"}]}))
-    with pytest.raises(ConfigError, match="mount namespace"):
-        namespace_paths(Fields({"namespaces": [{"type": "pid"}]}))
+    with pytest.raises(ConfigError, match="private MNT namespace"):
+        namespace_paths(Fields({"namespaces": [{"type": "pid"}], "maskedPaths": ["/proc/x"]}))
     with pytest.raises(ConfigError, match="absolute"):
         namespace_paths(Fields({"namespaces": [{"type": "mount", "path": "proc/1"}]}))
 
