@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import boot, bt, commands, containers, images, network, results, tap, vm
+from benchmarks import boot, bt, commands, containers, images, network, results, roots, tap, vm
 
-SUITES = ("boot", "commands", "vm", "images", "network", "containers", "bt")
+SUITES = ("boot", "commands", "vm", "images", "network", "containers", "roots", "bt")
 
 
 def main() -> int:
@@ -47,6 +47,8 @@ def main() -> int:
             suites += tap.run(rounds, log=sys.stderr.write)
         if name == "containers":
             suites += containers.run(rounds, log=sys.stderr.write)
+        if name == "roots":
+            suites += roots.run(rounds, engine=options.engine, log=sys.stderr.write)
         if name == "images":
             suites += images.run(rounds, log=sys.stderr.write)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

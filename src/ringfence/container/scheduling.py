@@ -98,11 +98,15 @@ def compile_process(plan: dict[str, object], process: Fields, linux: Fields) -> 
     final = process.table("execCPUAffinity").text("final")
     if final:
         plan["affinity"] = processors(final, "process.execCPUAffinity.final")
-    policy = linux.table("memoryPolicy")
-    if policy.values:
-        mode = _one_of(_MEMORY_MODES, policy.text("mode"), f"{policy.place}.mode")
-        for name in dict.fromkeys(policy.texts("flags")):
-            mode |= _one_of(_MEMORY_FLAGS, name, f"{policy.place}.flags")
-        nodes = policy.text("nodes")
-        words = processors(nodes, f"{policy.place}.nodes") if nodes else []
-        plan["memory_policy"] = {"mode": mode, "nodes": words}
+    if "memoryPolicy" in linux:
+        plan["memory_policy"] = _memory_policy(linux.table("memoryPolicy"))
+
+
+def _memory_policy(policy: Fields) -> dict[str, object]:
+    # In runc's words; one without a mode is a mistake there too.
+    mode = _one_of(_MEMORY_MODES, policy.text("mode"), "invalid memory policy mode")
+    for name in dict.fromkeys(policy.texts("flags")):
+        mode |= _one_of(_MEMORY_FLAGS, name, "invalid memory policy flag")
+    nodes = policy.text("nodes")
+    words = processors(nodes, "invalid memory policy nodes") if nodes else []
+    return {"mode": mode, "nodes": words}

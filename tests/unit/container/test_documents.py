@@ -15,7 +15,7 @@ from ringfence.container.cgroups import devices, limits
 from ringfence.container.fields import Fields
 from ringfence.container.mounts import compile_mount, split_options
 from ringfence.container.oci.options import parse
-from ringfence.container.scheduling import processors
+from ringfence.container.scheduling import compile_process, processors
 from ringfence.container.spec import namespace_paths
 from ringfence.container.state import check_id
 from ringfence.errors import ConfigError, FormatError
@@ -214,3 +214,17 @@ def test_the_device_program_answers_as_the_last_rule_that_fits() -> None:
     assert allowed(block, make, 8, 1)
     assert allowed(char, read | write, 1, 3)
     assert not allowed(char, read, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ({}, "invalid memory policy mode"),
+        ({"mode": "INTERLEAVE", "nodes": "0"}, "invalid memory policy mode"),
+        ({"mode": "MPOL_BIND", "nodes": "0", "flags": ["x"]}, "invalid memory policy flag"),
+        ({"mode": "MPOL_BIND", "nodes": "0-9876543210"}, "invalid memory policy nodes"),
+    ],
+)
+def test_memory_policies_are_refused_in_runcs_words(policy: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        compile_process({}, Fields({}), Fields({"memoryPolicy": policy}))
