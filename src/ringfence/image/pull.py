@@ -110,6 +110,15 @@ class _Fetch:
                 raise
 
     def _blob(self, blob: Descriptor) -> None:
+        try:
+            self._take(blob, direct=False)
+        except FormatError:
+            if not self._registry.mirrors:
+                raise
+            # A mirror's bytes were wrong.
+            self._take(blob, direct=True)
+
+    def _take(self, blob: Descriptor, *, direct: bool) -> None:
         with self._store.blobs.resume(blob) as writer:
             if writer is None:
                 self._progress(
@@ -120,7 +129,7 @@ class _Fetch:
             while writer.size < blob.size or not blob.size:
                 before = writer.size
                 try:
-                    self._stream(blob, writer)
+                    self._stream(blob, writer, direct=direct)
                     break
                 except HostError:
                     # Whatever came counts: only attempts that bring nothing use themselves up.
@@ -131,9 +140,9 @@ class _Fetch:
                 wait_s = min(wait_s * 2, _MAX_WAIT_S)
             writer.commit(blob)
 
-    def _stream(self, blob: Descriptor, writer: BlobWriter) -> None:
+    def _stream(self, blob: Descriptor, writer: BlobWriter, *, direct: bool) -> None:
         """Take what one answer brings; never more than the blob's length."""
-        with self._registry.blob(blob.digest, writer.size) as response:
+        with self._registry.blob(blob.digest, writer.size, direct=direct) as response:
             if writer.size:
                 begins = response.headers.get("content-range", "")
                 if response.status != 206 or not begins.startswith(f"bytes {writer.size}-"):

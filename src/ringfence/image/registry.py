@@ -6,6 +6,7 @@ registry names, as the Docker token specification has it.
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from ringfence import _paths
-from ringfence.errors import ConfigError, FormatError, HostError, NotFoundError
+from ringfence.errors import ConfigError, FormatError, HostError, NotFoundError, RingfenceError
 from ringfence.image import jsonio
 from ringfence.image.credentials import Credentials, find_credentials
 from ringfence.image.http import HttpClient, Response
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = ["Registry", "RegistrySettings"]
+
+_log = logging.getLogger(__name__)
 
 _ACCEPT = ", ".join(sorted(MediaType.INDEXES | MediaType.MANIFESTS))
 _CHALLENGE = re.compile(r'([A-Za-z_]+)="((?:[^"\\]|\\.)*)"')
@@ -121,8 +124,7 @@ class Registry:
         self._scopes += [f"repository:{name}:pull" for name in also]
         self._grants: dict[str, _Grant] = {}
         self._lock = threading.Lock()
-        self._credentials: Credentials | None = None
-        self._asked = False
+        self._credentials: dict[str, Credentials | None] = {}
 
     def close(self) -> None:
         """Close the connections."""
@@ -139,8 +141,16 @@ class Registry:
             NotFoundError: There is none.
             FormatError: Its digest isn't the one asked for.
         """
+        for mirror in self.mirrors:
+            try:
+                return self._manifest(mirror, selector)
+            except RingfenceError as error:
+                _log.info("the mirror %s is passed over: %s", mirror, error)
+        return self._manifest(self.origin, selector)
+
+    def _manifest(self, place: str, selector: str) -> tuple[bytes, str, Digest]:
         path = f"/v2/{self.reference.repository}/manifests/{quote(selector, safe=':')}"
-        with self._get(path, {"Accept": _ACCEPT}) as response:
+        with self._get(place + path, {"Accept": _ACCEPT}) as response:
             raw = _all(response)
             media_type = response.headers.get("content-type", "")
             announced = response.headers.get("docker-content-digest", "")
@@ -151,14 +161,25 @@ class Registry:
             raise FormatError(msg)
         return raw, media_type, digest
 
-    def blob(self, digest: Digest, start: int = 0) -> Response:
+    def blob(self, digest: Digest, start: int = 0, *, direct: bool = False) -> Response:
         """A blob from byte `start` on; status 206 says that it begins there, 200 at 0.
+
+        Args:
+            digest: Its digest.
+            start: Where it's to begin.
+            direct: Ask no mirror.
 
         Raises:
             NotFoundError: There is none.
         """
         headers = {"Range": f"bytes={start}-"} if start else {}
-        return self._get(f"/v2/{self.reference.repository}/blobs/{digest}", headers)
+        path = f"/v2/{self.reference.repository}/blobs/{digest}"
+        for mirror in () if direct else self.mirrors:
+            try:
+                return self._get(mirror + path, headers)
+            except RingfenceError as error:
+                _log.info("the mirror %s is passed over: %s", mirror, error)
+        return self._get(self.origin + path, headers)
 
     def has_blob(self, digest: Digest) -> bool:
         """Whether the registry itself has it."""
@@ -229,19 +250,11 @@ class Registry:
 
     # -- requests -------------------------------------------------------------------------------
 
-    def _get(self, path: str, headers: Mapping[str, str]) -> Response:
-        for mirror in self.mirrors:
-            try:
-                response = self._send("GET", mirror + path, headers)
-            except HostError:
-                continue
-            if response.status in (200, 206):
-                return response
-            response.close()
-        response = self._send("GET", self.origin + path, headers)
+    def _get(self, url: str, headers: Mapping[str, str]) -> Response:
+        response = self._send("GET", url, headers)
         if response.status not in (200, 206):
             with response:
-                raise self._refusal(response, f"give {path.rpartition('/')[2]}")
+                raise self._refusal(response, f"give {url.rpartition('/')[2]}")
         return response
 
     def _send(
@@ -274,26 +287,24 @@ class Registry:
             return {}
         return {"Authorization": grant.header}
 
-    def _own(self) -> Credentials | None:
-        if not self._asked:
-            self._credentials = find_credentials(
-                self.reference.registry,
-                self.reference.repository,
-            )
-            self._asked = True
-        return self._credentials
+    def _known(self, place: str) -> Credentials | None:
+        """What the user has for a place. A mirror gets its own, never the registry's."""
+        if place not in self._credentials:
+            registry = self.reference.registry if place == self.origin else urlsplit(place).netloc
+            self._credentials[place] = find_credentials(registry, self.reference.repository)
+        return self._credentials[place]
 
     def _answer(self, challenge: str, place: str) -> _Grant:
         scheme, _, rest = challenge.partition(" ")
-        # Credentials are the registry's own; a mirror gets none of them.
-        own = self._own() if place == self.origin else None
+        own = self._known(place)
+        name = self.reference.registry if place == self.origin else urlsplit(place).netloc
         if scheme.lower() == "basic":
             if own is None:
-                msg = f"{self.reference.registry} wants a name and a password"
-                raise ConfigError(msg, hint=f"ringfence image login {self.reference.registry}")
+                msg = f"{name} wants a name and a password"
+                raise ConfigError(msg, hint=f"ringfence image login {name}")
             return _Grant(own.basic)
         if scheme.lower() != "bearer":
-            msg = f"{self.reference.registry} wants {scheme!r} authentication, which isn't known"
+            msg = f"{name} wants {scheme!r} authentication, which isn't known"
             raise ConfigError(msg)
         fields = dict(_CHALLENGE.findall(rest))
         return self._token(fields, own)

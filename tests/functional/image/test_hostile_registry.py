@@ -221,3 +221,65 @@ def test_credentials_stay_when_redirected(
     )
     store.pull(f"{origin.host}/app")
     assert not [headers for _, headers in elsewhere.script.seen if "authorization" in headers]
+
+
+def mirrored(home: Path, origin: Server, mirror: Server) -> None:
+    settings = Path(str(home)).parent / "rf/config/registries.toml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(
+        f'[registry."{origin.host}"]\nplain_http = true\nmirrors = ["http://{mirror.host}"]\n',
+    )
+
+
+def test_mirror_that_wants_a_password_is_passed_over(
+    store: Store, home: Path, start: Callable[[], Server]
+) -> None:
+    origin, mirror = start(), start()
+    origin.serve(LAYER)
+    mirror.script.challenge = 'Basic realm="x"'
+    mirrored(home, origin, mirror)
+
+    image = store.pull(f"{origin.host}/app")
+
+    assert store.blobs.path(image.manifest.layers[0].digest).read_bytes() == LAYER
+    assert mirror.script.seen
+
+
+def test_mirror_gets_its_own_password_and_not_the_registrys(
+    store: Store, home: Path, start: Callable[[], Server]
+) -> None:
+    origin, mirror = start(), start()
+    mirror.serve(LAYER)
+    mirror.script.challenge = 'Basic realm="x"'
+    (home / ".docker").mkdir()
+    words = {server: base64.b64encode(f"{name}:secret".encode()).decode()
+             for server, name in ((origin.host, "origin"), (mirror.host, "mirror"))}  # fmt: skip
+    (home / ".docker/config.json").write_text(
+        json.dumps({"auths": {host: {"auth": word} for host, word in words.items()}}),
+    )
+    mirrored(home, origin, mirror)
+
+    store.pull(f"{origin.host}/app")
+
+    sent = {headers.get("authorization") for _, headers in mirror.script.seen}
+    assert sent == {None, f"Basic {words[mirror.host]}"}
+    assert origin.script.seen == []
+
+
+def test_mirror_with_wrong_bytes_is_passed_over(
+    store: Store, home: Path, start: Callable[[], Server]
+) -> None:
+    origin, mirror = start(), start()
+    origin.serve(LAYER)
+    mirror.serve(LAYER)
+    wrong = bytearray(LAYER)
+    wrong[5] ^= 1
+    mirror.script.blobs = {
+        name: bytes(wrong) if data == LAYER else data for name, data in mirror.script.blobs.items()
+    }
+    mirrored(home, origin, mirror)
+
+    image = store.pull(f"{origin.host}/app")
+
+    assert store.blobs.path(image.manifest.layers[0].digest).read_bytes() == LAYER
+    assert len([path for path, _ in mirror.script.seen if "/blobs/" in path]) == 2
