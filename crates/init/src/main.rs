@@ -14,6 +14,7 @@
 
 mod bpf;
 mod console;
+mod copied;
 mod devices;
 mod error;
 mod hooks;

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::AtFlags;
+use rustix::fs::CWD;
 use rustix::fs::FileType;
 use rustix::fs::Gid;
 use rustix::fs::Mode;
@@ -14,9 +15,12 @@ use rustix::fs::Stat;
 use rustix::fs::Uid;
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
+use rustix::mount::OpenTreeFlags;
 
+use crate::copied;
 use crate::error::InitError;
 use crate::error::Step;
+use crate::mounts;
 use crate::paths::Kind;
 use crate::paths::Tree;
 use crate::plan::Overlay;
@@ -24,6 +28,8 @@ use crate::plan::Part;
 
 /// The most that mount(2) takes as options, less what the other options may be.
 const LONGEST: usize = 3000;
+/// `MOUNT_ATTR_RDONLY`
+const READ_ONLY: u64 = 1;
 const HANDLE: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
 
 /// Mounts the root at a path of the host; returns the memory that holds what is written, if any.
@@ -44,9 +50,33 @@ pub(crate) fn mount_root(overlay: &Overlay, target: &str) -> Result<Option<Owned
         tmpfs(target, memory)?;
     } else {
         let (upper, work) = places(&held, "root", overlay.lower.first())?;
-        Layers::new(&overlay.lower, Some((&upper, &work)), &overlay.options)?.mount(target)?;
+        let layers = Layers::new(&overlay.lower, Some((&upper, &work)), &overlay.options)?;
+        match (layers.mount(target), &overlay.copy) {
+            (Err(error), Some(copy)) if is_without(&error) => {
+                for layer in overlay.lower.iter().rev() {
+                    copied::lay(Path::new(layer), Path::new(copy), &[])
+                        .step(|| format!("copy the layer {layer}"))?;
+                }
+                rustix::mount::mount_bind(copy.as_str(), target).step(what)?;
+            }
+            (result, _) => result?,
+        }
     }
     Ok(Some(held))
+}
+
+/// Whether there is no overlay here: no module, or a policy against it in user namespaces.
+fn is_without(error: &InitError) -> bool {
+    let refusals = [
+        Errno::PERM,
+        Errno::ACCESS,
+        Errno::NODEV,
+        Errno::INVAL,
+        Errno::OPNOTSUPP,
+    ];
+    refusals
+        .iter()
+        .any(|refusal| error.errno() == Some(refusal.raw_os_error()))
 }
 
 /// Mounts a directory of the host inside the root, with what is written in the root's memory.
@@ -68,7 +98,63 @@ pub(crate) fn mount_part(
     }
     let target = tree.make(&part.target, Kind::Directory)?;
     let lower = std::slice::from_ref(&part.lower);
-    Layers::new(lower, Some((&upper, &work)), options)?.mount(&Tree::name(target.as_fd()))
+    let layers = Layers::new(lower, Some((&upper, &work)), options)?;
+    match layers.mount(&Tree::name(target.as_fd())) {
+        Err(error) if is_without(&error) && part.copy => {
+            let copy = format!("{upper}-copy");
+            copied::lay(Path::new(&part.lower), Path::new(&copy), &part.hide)
+                .step(|| format!("copy {}", part.lower))?;
+            bind(&copy, &target, false)
+        }
+        Err(error) if is_without(&error) => {
+            bind(&part.lower, &target, true)?;
+            for hidden in &part.hide {
+                cover(tree, &format!("{}/{hidden}", part.target), memory)?;
+            }
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+fn bind(source: &str, target: &OwnedFd, read_only: bool) -> Result<(), InitError> {
+    let what = || format!("bind {source}");
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let flags = flags | OpenTreeFlags::AT_RECURSIVE;
+    let mount = rustix::mount::open_tree(CWD, source, flags).step(what)?;
+    mounts::attach(&mount, target.as_fd()).step(what)?;
+    if read_only {
+        mounts::set_attributes(mount.as_fd(), true, READ_ONLY, 0, None).step(what)?;
+    }
+    Ok(())
+}
+
+/// Hides what can't be made not to exist: behind an empty file or directory of the root's memory.
+fn cover(tree: &Tree, path: &str, memory: &OwnedFd) -> Result<(), InitError> {
+    let what = || format!("hide {path}");
+    let target = match tree.handle_no_follow(Path::new(path)) {
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+        result => result.step(what)?,
+    };
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(&target).step(what)?.st_mode);
+    let empty = if kind == FileType::Directory {
+        let made = rustix::fs::mkdirat(memory, "empty", Mode::RWXU);
+        exists(made).step(what)?;
+        "empty"
+    } else {
+        let made = rustix::fs::mknodat(memory, "nothing", FileType::RegularFile, Mode::RUSR, 0);
+        exists(made).step(what)?;
+        "nothing"
+    };
+    let source = format!("{}/{empty}", Tree::name(memory.as_fd()));
+    bind(&source, &target, true)
+}
+
+fn exists(made: Result<(), Errno>) -> Result<(), Errno> {
+    match made {
+        Err(Errno::EXIST) => Ok(()),
+        result => result,
+    }
 }
 
 fn tmpfs(target: &str, options: &str) -> Result<(), InitError> {

@@ -162,6 +162,8 @@ pub(crate) struct Overlay {
     pub(crate) options: Vec<String>,
     /// Keep what is written in memory, in a tmpfs of these options, instead of `upper`.
     pub(crate) memory: Option<String>,
+    /// Where the layers are copied to, an empty path of the host's, where there is no overlay.
+    pub(crate) copy: Option<String>,
     /// Directories of the host with a writable layer each, in the same memory.
     #[serde(default)]
     pub(crate) parts: Vec<Part>,
@@ -176,6 +178,9 @@ pub(crate) struct Part {
     /// Paths below it that the container doesn't see.
     #[serde(default)]
     pub(crate) hide: Vec<String>,
+    /// Copied into the root's memory where there is no overlay; else bound, read only.
+    #[serde(default)]
+    pub(crate) copy: bool,
 }
 
 /// One mount.

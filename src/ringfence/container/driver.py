@@ -95,6 +95,7 @@ class ContainerDriver:
             HostError: Processes stay.
         """
         machine_group.remove(machine_group.of_running(place))
+        host_tree.remove_copy(place)
 
 
 class ContainerMachine:
@@ -272,6 +273,7 @@ class ContainerMachine:
 
 def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -> ContainerMachine:
     maps = own_maps() if os.geteuid() != 0 else None
+    stack.callback(host_tree.remove_copy, place)
     group = machine_group.plan(place)
     stack.callback(machine_group.remove, group)
     path = place.sockets / _SOCKET

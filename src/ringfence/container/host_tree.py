@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from ringfence.machine.driver import Place
     from ringfence.machine.spec import MachineSpec, Mount
 
-__all__ = ["give_mounts", "hostname", "mount_plan", "root_plan", "tell_network"]
+__all__ = [
+    "give_mounts",
+    "hostname",
+    "mount_plan",
+    "remove_copy",
+    "root_plan",
+    "tell_network",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,6 +39,7 @@ _GENERATED = ("group", "machine-id", "mtab", "passwd", "resolv.conf")
 _OPEN = ("tmp", "var/tmp")
 # MOUNT_ATTR_*: read only, no setuid, no devices.
 _READ_ONLY, _VOLUME = 1, 2 | 4
+_COPY = "copy"
 _STICKY = 0o1777
 # How long what was seen of /etc is believed.
 _LOOKED_S = 60.0
@@ -57,6 +65,8 @@ def root_plan(
     overlay: dict[str, object] = {
         # Pages of it count as the container's memory, which has a limit of its own.
         "memory": "mode=755",
+        # Where the kernel or its policy has no overlay for us, which is rare.
+        "copy": str(place.folder / _COPY),
         "options": ["userxattr"] if own_users else [],
     }
     match spec.root:
@@ -80,6 +90,15 @@ def root_plan(
     return plan
 
 
+def remove_copy(place: Place) -> None:
+    """Removes what was copied in place of an overlay."""
+    path = place.folder / _COPY
+    if path.exists():
+        from ringfence.image.rootfs import remove_tree
+
+        remove_tree(path)
+
+
 def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
@@ -90,7 +109,7 @@ def _host_parts(seen: _Seen) -> list[dict[str, object]]:
         path = f"/{name}"
         if not os.path.islink(path) and os.path.isdir(path):
             parts.append({"target": path, "lower": path})
-    parts.append({"target": "/etc", "lower": "/etc", "hide": seen.etc})
+    parts.append({"target": "/etc", "lower": "/etc", "hide": seen.etc, "copy": True})
     return parts
 
 
