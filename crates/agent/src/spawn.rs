@@ -123,6 +123,13 @@ pub(crate) fn spawn(
         request.terminal.is_some(),
     );
     let child = reaper.spawn(&mut command).map_err(|error| {
+        if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) && !users::is_mapped(&user) {
+            let message = format!(
+                "the user {}:{} has no number in this container: whoever started it has too few",
+                user.uid, user.gid
+            );
+            return NotStarted::because(126, message);
+        }
         let error = AgentError::io(format!("cannot run {name}"), &error);
         // A program's interpreter may be missing: a shell says the same.
         let code = if error.errno == Errno::NOENT.raw_os_error() {

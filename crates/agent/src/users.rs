@@ -33,6 +33,30 @@ pub(crate) fn find(text: &str) -> Result<User, AgentError> {
     find_in(&read("/etc/passwd"), &read("/etc/group"), text)
 }
 
+/// Whether a user and its group have numbers in this user namespace.
+pub(crate) fn is_mapped(user: &User) -> bool {
+    let maps = [
+        ("/proc/self/uid_map", user.uid),
+        ("/proc/self/gid_map", user.gid),
+    ];
+    maps.into_iter().all(|(path, number)| {
+        // What can't be read says nothing against it.
+        fs::read_to_string(path).map_or(true, |map| is_in(&map, number))
+    })
+}
+
+/// Source: `user_namespaces(7)`: first inside, first outside, how many.
+fn is_in(map: &str, number: u32) -> bool {
+    map.lines().any(|line| {
+        let mut fields = line.split_whitespace().map(str::parse::<u32>);
+        let (Some(Ok(first)), _, Some(Ok(count))) = (fields.next(), fields.next(), fields.next())
+        else {
+            return false;
+        };
+        number >= first && number - first < count
+    })
+}
+
 fn find_in(passwd: &str, group: &str, text: &str) -> Result<User, AgentError> {
     let (name, wanted_group) = match text.split_once(':') {
         Some((name, group)) => (name, Some(group)),
@@ -109,6 +133,16 @@ mod tests {
     fn found(text: &str) -> (String, u32, u32, Vec<u32>, String) {
         let user = find_in(PASSWD, GROUP, text).expect("a user");
         (user.name, user.uid, user.gid, user.groups, user.home)
+    }
+
+    #[test]
+    fn numbers_are_looked_for_in_every_line_of_a_map() {
+        let map = "         0      54321          1\n         1     100000      65536\n";
+
+        assert!(is_in(map, 0) && is_in(map, 33) && is_in(map, 65536));
+        assert!(!is_in(map, 65537));
+        assert!(!is_in("0 54321 1\n", 33));
+        assert!(is_in("0 0 4294967295\n", 65534));
     }
 
     #[test]

@@ -122,3 +122,17 @@ def test_a_machine_runs_with_a_single_map(home: Path) -> None:
     output = as_user(home, interpreter(), "-c", script)
 
     assert output.split() == ["0", "0", str(_UID), "1", "x"]
+
+
+def test_a_user_that_a_single_map_has_not_is_told_of(home: Path) -> None:
+    owned(home)
+    script = (
+        "import ringfence\n"
+        "with ringfence.Machine(engine='container', network='none') as machine:\n"
+        "    done = machine.run(['id'], user='33:33')\n"
+        "    print(done.exit_code, done.stderr)\n"
+    )
+
+    output = as_user(home, interpreter(), "-c", script)
+
+    assert output.startswith("126 the user 33:33 has no number in this container")
