@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -48,7 +49,9 @@ _APPLETS = [
     "ip",
     "unshare",
 ]
-_SCRIPT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from ringfence.container.oci.main import main; sys.exit(main())"
+# As the installed script starts: by the interpreter alone, with the package and what it depends on.
+_SCRIPT = "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; from ringfence.container.oci.main import main; sys.exit(main())"
+_PACKAGES = sysconfig.get_path("purelib")
 _SOURCES = Path(__file__).resolve().parents[2] / "src"
 
 
@@ -114,7 +117,7 @@ class Runtime:
         self.states = states
 
     def command(self, *words: str) -> list[str]:
-        start = [sys.executable, "-I", "-S", "-E", "-c", _SCRIPT, str(_SOURCES)]
+        start = [sys.executable, "-I", "-S", "-E", "-c", _SCRIPT, str(_SOURCES), _PACKAGES]
         return [*start, "--root", str(self.states), *words]
 
     def __call__(self, *words: str, status: int = 0, timeout_s: float = 30) -> str:

@@ -220,6 +220,10 @@ def _follow(bundle: Bundle, state: State, launch: Launch, options: CreateOptions
         state.pid = launch.pid
         state.start = process_start(launch.pid)[1]
         state.save()
+        if "netDevices" in bundle.linux:
+            from ringfence.container import net_devices
+
+            net_devices.move(bundle.linux, launch.pid)
         return ""
 
     def run_hooks() -> str:

@@ -72,6 +72,10 @@ class Bundle:
             raise ConfigError(message)
         self.namespaces = namespace_paths(self.linux)
         _refuse_unsupported(self.linux)
+        if "netDevices" in self.linux:
+            from ringfence.container import net_devices
+
+            net_devices.check(self.linux, has_network="network" in self.namespaces)
 
     @property
     def terminal(self) -> bool:
@@ -262,9 +266,6 @@ def _refuse_unsupported(linux: Fields) -> None:
     if linux.table("intelRdt").values:
         message = "linux.intelRdt: cache and memory bandwidth allocation isn't there"
         raise UnsupportedError(message)
-    if linux.table("netDevices").values:
-        message = "linux.netDevices: network devices of the host can't be moved into containers"
-        raise UnsupportedError(message, hint="move them by a createRuntime hook")
 
 
 def compile_process(process: Fields, linux: Fields, *, sets_groups: bool) -> dict[str, object]:

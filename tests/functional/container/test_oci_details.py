@@ -333,24 +333,3 @@ def test_a_filter_that_asks_nobody_is_refused(runtime: Runtime, tmp_path: Path) 
 
     assert "listenerPath is not set" in output
     assert left_behind("asks") == []
-
-
-def test_a_container_among_the_hosts_mounts_leaves_none(runtime: Runtime, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "b", "sh", "-c", "readlink /proc/self/ns/mnt; ls /; exit 3")
-    path = bundle / "config.json"
-    config = json.loads(path.read_text())
-    kinds = [entry for entry in config["linux"]["namespaces"] if entry["type"] != "mount"]
-    config["linux"].update(namespaces=kinds, maskedPaths=[], readonlyPaths=[])
-    path.write_text(json.dumps(config))
-    # As an engine does: what it has mounted there is its own to take away.
-    subprocess.run(["mount", "--bind", bundle / "rootfs", bundle / "rootfs"], check=True)
-    before = Path("/proc/self/mountinfo").read_text()
-
-    output = runtime("run", "--bundle", str(bundle), "among", status=3)
-    after = Path("/proc/self/mountinfo").read_text()
-    subprocess.run(["umount", bundle / "rootfs"], check=True)
-
-    namespace, *names = output.split()
-    assert namespace == str(Path("/proc/self/ns/mnt").readlink())
-    assert sorted(names) == ["bin", "dev", "etc", "proc", "sys", "tmp"]
-    assert after == before

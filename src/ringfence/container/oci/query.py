@@ -124,6 +124,7 @@ def features_command(_root: str, _words: list[str]) -> int:
             },
             "apparmor": {"enabled": True},
             "selinux": {"enabled": True},
+            "netDevices": {"enabled": True},
         },
     }
     sys.stdout.write(json.dumps(document, indent=2) + "\n")

@@ -79,6 +79,9 @@ def check(bundle: Bundle) -> None:
         # Engines list none for themselves: a device of the host was asked for.
         message = "linux.devices: a virtual machine can't be given the host's devices"
         raise UnsupportedError(message, hint="run it by ringfence-oci, as a container")
+    if bundle.linux.table("netDevices").values:
+        message = "linux.netDevices: a virtual machine can't be given the host's network devices"
+        raise UnsupportedError(message, hint="run it by ringfence-oci, as a container")
     privileges(bundle.process, bundle.linux)
     _mounts(bundle)
 
