@@ -95,6 +95,10 @@ counters! {
     direct_traps: "direct_traps",
     /// Times that pages were mapped there.
     direct_fills: "direct_fills",
+    /// Page faults of the guest's there.
+    direct_faults: "direct_page_faults",
+    /// Times that a page of code had to be translated that lies between others that don't.
+    direct_holds: "direct_pages_held",
     /// Spaces that were lost or couldn't be made.
     direct_lost: "direct_spaces_lost",
     /// Table flushes.

@@ -150,6 +150,9 @@ impl Core {
             return Ok(Some(self.step_apart()));
         }
         let new = self.translate(page, offset, plain);
+        if self.is_user() {
+            self.note_user_translation();
+        }
         shared.code.install(key, version, &new, plain)
     }
 

@@ -1,6 +1,7 @@
 //! When user code runs directly.
 //!
-//! An address space earns it by being found at work by timer interrupts, and loses it when its code
+//! An address space earns it by being found at work by timer interrupts or by having new code, which
+//! would have to be translated, and loses it when its code
 //! comes out of the space so often that coming and going takes longer than the code does: then
 //! translation is faster, which takes two to five times as long for the code and hardly anything for
 //! its exits. What coming and going take differs by ten times between hosts, so it is measured: the least
@@ -8,6 +9,8 @@
 
 /// Interrupts that must have found user code at work.
 const EARNED: i32 = 2;
+/// Blocks whose translation counts as one: new code is run faster than it is translated.
+const BLOCKS: u32 = 16;
 /// Visits that are judged together.
 const VISITS: u32 = 64;
 /// Of so many visits that only had a page shown, one is judged.
@@ -22,6 +25,7 @@ const MOST_PENALTY: i32 = 256;
 pub(crate) struct Pace {
     earned: i32,
     penalty: i32,
+    blocks: u32,
     visits: u32,
     fills: u32,
     /// Ticks of the time-stamp counter for the guest's code.
@@ -35,6 +39,7 @@ impl Default for Pace {
         Self {
             earned: 0,
             penalty: FIRST_PENALTY,
+            blocks: 0,
             visits: 0,
             fills: 0,
             inside: 0,
@@ -47,6 +52,18 @@ impl Pace {
     /// An interrupt found user code at work.
     pub(crate) fn note_work(&mut self) {
         self.earned = self.earned.saturating_add(1).min(EARNED);
+    }
+
+    /// A block of user code was translated. True when code runs directly from here on.
+    pub(crate) fn note_translation(&mut self) -> bool {
+        self.blocks += 1;
+        if self.blocks < BLOCKS {
+            return false;
+        }
+        self.blocks = 0;
+        let before = self.is_earned();
+        self.note_work();
+        !before && self.is_earned()
     }
 
     /// Whether to run directly.
@@ -118,6 +135,14 @@ mod tests {
             assert!(!pace.is_earned());
             pace.note_work();
         }
+        assert!(pace.is_earned());
+    }
+
+    #[test]
+    fn new_code_earns_it() {
+        let mut pace = Pace::default();
+        let blocks = (1..100).find(|_| pace.note_translation());
+        assert_eq!(blocks, Some(2 * BLOCKS));
         assert!(pace.is_earned());
     }
 

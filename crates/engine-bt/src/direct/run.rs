@@ -133,6 +133,13 @@ impl Core {
         self.fast_stale = true;
     }
 
+    /// A block of user code had to be translated.
+    pub(crate) fn note_user_translation(&mut self) {
+        if self.windows.direct_mut().pace.note_translation() {
+            self.fast_stale = true;
+        }
+    }
+
     /// Runs user code in its space until something needs the monitor.
     pub(crate) fn run_direct(&mut self) -> Result<(), Stop> {
         if let Some(missing) = self.direct.missing.take()
@@ -302,6 +309,7 @@ impl Core {
             }
             Ok(false) => self.step(),
             Err(fault) => {
+                self.remote.counters.direct_faults.bump();
                 self.direct.missing = Some(Missing {
                     cr3: self.sys.cr3,
                     address,
@@ -327,6 +335,7 @@ impl Core {
     fn hold(&mut self, page: u64) {
         self.direct.held = Some((self.sys.cr3, page));
         self.direct.holds += 1;
+        self.remote.counters.direct_holds.bump();
         self.windows.forget_user_code();
         self.fast_stale = true;
     }
