@@ -246,7 +246,7 @@ impl Core {
         if !self.shared.pages.is_code(gpa) {
             return;
         }
-        if self.shared.code.overlaps(gpa, len) {
+        if self.shared.code.overlaps(gpa, len) || self.shared.is_patched(gpa) {
             self.remote.counters.invalidated.bump();
             self.shared.page_written(gpa);
         } else if self.shared.pages.count_slow_write(gpa) {

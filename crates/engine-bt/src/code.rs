@@ -502,6 +502,12 @@ impl CodeCache {
         unsafe { AtomicU32::from_ptr(at as *mut u32) }.store(distance, Ordering::SeqCst);
     }
 
+    /// Does something while no page stops or starts counting as code for its translations.
+    pub(crate) fn exclusively<R>(&self, act: impl FnOnce() -> R) -> R {
+        let _inner = self.lock();
+        act()
+    }
+
     /// Claims the right to call [`Self::clear`]; false when another vCPU has it.
     pub(crate) fn begin_clearing(&self) -> bool {
         !self.clearing.swap(true, Ordering::SeqCst)
@@ -517,7 +523,9 @@ impl CodeCache {
     pub(crate) fn clear(&self, shared: &Shared) {
         let mut inner = self.lock();
         for &gpa in inner.modes.keys() {
-            shared.pages.unmark_code(gpa);
+            if !shared.is_patched(gpa) {
+                shared.pages.unmark_code(gpa);
+            }
         }
         self.reset(&mut inner);
         self.generation.fetch_add(1, Ordering::SeqCst);

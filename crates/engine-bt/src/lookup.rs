@@ -199,7 +199,7 @@ impl Core {
     }
 
     /// Makes sure that no vCPU can write the page at host address `host` without asking.
-    fn revoke_writes(&mut self, host: u64) {
+    pub(crate) fn revoke_writes(&mut self, host: u64) {
         self.windows.revoke_writes(host);
         self.ask_others(|remote| remote.revoke(host));
     }

@@ -16,6 +16,7 @@ use ringfence_memory::WriteWatcher;
 
 use crate::clock::Clock;
 use crate::code::CodeCache;
+use crate::direct::Patches;
 use crate::direct::Spawner;
 use crate::gate::Gates;
 use crate::host::Host;
@@ -43,6 +44,8 @@ pub(crate) struct Shared {
     pub dirty: DirtyLog,
     /// Makes processes for direct execution, where the host has what that needs.
     pub spawner: Option<Mutex<Spawner>>,
+    /// Code pages that run there as copies.
+    pub patches: Option<Patches>,
     /// Whether it pays is not asked.
     pub always_direct: bool,
 }
@@ -157,9 +160,27 @@ impl Shared {
         total
     }
 
-    /// Drops the translations of a page that was written at guest physical `gpa`.
+    /// Drops the translations and the copy of a page that was written at guest physical `gpa`.
     pub(crate) fn page_written(&self, gpa: u64) {
         self.code.invalidate(self, gpa);
+        let page = gpa & !0xfff;
+        let patched = self
+            .patches
+            .as_ref()
+            .is_some_and(|patches| patches.forget(page));
+        if patched && let Some(host) = self.ram.host(page, 4096) {
+            for remote in self.remotes() {
+                remote.revoke(host);
+            }
+        }
+    }
+
+    /// Whether a copy of the page at `gpa` runs in its place.
+    pub(crate) fn is_patched(&self, gpa: u64) -> bool {
+        let page = gpa & !0xfff;
+        self.patches
+            .as_ref()
+            .is_some_and(|patches| patches.has(page))
     }
 }
 

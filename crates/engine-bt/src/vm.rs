@@ -26,6 +26,7 @@ use ringfence_x86::state::VcpuState;
 use crate::clock::Clock;
 use crate::code::CodeCache;
 use crate::core::Core;
+use crate::direct::Patches;
 use crate::direct::Spawner;
 use crate::features::guest_cpuid;
 use crate::gate::Gates;
@@ -107,8 +108,7 @@ impl BtEngine {
     }
 
     /// Has user code run directly. It takes whole programs from five to ten times the host's time to one
-    /// or two; it isn't the default until it has been compared with the host as widely as
-    /// translation has.
+    /// or two.
     #[must_use]
     pub fn with_direct(mut self, direct: Direct) -> Self {
         self.direct = direct;
@@ -125,15 +125,14 @@ impl BtEngine {
 }
 
 impl BtEngine {
-    /// What makes processes for direct execution; nothing where the host lacks what it needs, and
-    /// all code is translated.
-    fn direct_spawner(&self, ram: &GuestRam) -> Option<Mutex<Spawner>> {
+    /// What direct execution needs; nothing where the host lacks it, and all code is translated.
+    fn direct_parts(&self, ram: &GuestRam) -> Option<(Spawner, Patches)> {
         if self.direct == Direct::Never || !self.host.fsgsbase || !self.host.avx {
             return None;
         }
-        // Asked here: the jail forbids the question.
-        crate::direct::cpuid_can_trap();
-        Spawner::start(ram.file().as_raw_fd()).ok().map(Mutex::new)
+        let patches = Patches::new().ok()?;
+        let spawner = Spawner::start(ram.file().as_raw_fd(), patches.file()).ok()?;
+        Some((spawner, patches))
     }
 }
 
@@ -176,7 +175,7 @@ impl Engine for BtEngine {
             .map(File::try_clone)
             .transpose()
             .map_err(EngineError::host("duplicate the perf map"))?;
-        let spawner = self.direct_spawner(&setup.ram);
+        let (spawner, patches) = self.direct_parts(&setup.ram).unzip();
         let code = CodeCache::new(self.code_bytes, self.host, perf_map)
             .map_err(EngineError::host("reserve the code cache"))?;
         let registration = Registration::new(code.range())
@@ -194,7 +193,8 @@ impl Engine for BtEngine {
             remotes: (0..setup.vcpus).map(|_| OnceLock::new()).collect(),
             slow_writes: Mutex::new(()),
             dirty: crate::shared::DirtyLog::default(),
-            spawner,
+            spawner: spawner.map(Mutex::new),
+            patches,
             always_direct: self.direct == Direct::Always,
         });
         let watcher: Arc<dyn WriteWatcher> = Arc::new(DeviceWrites(Arc::downgrade(&shared)));

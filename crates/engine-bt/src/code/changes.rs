@@ -67,8 +67,8 @@ impl CodeCache {
                     .is_some_and(|page| page.pending > 0 || page.parts != 0)
             })
         });
-        // Under the lock: nobody translates the page in between.
-        if !busy {
+        // Under the lock: nobody translates or copies the page in between.
+        if !busy && !shared.is_patched(gpa) {
             shared.pages.unmark_code(gpa);
         }
     }

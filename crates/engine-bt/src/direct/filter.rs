@@ -4,7 +4,6 @@
 //! |---|---|---|
 //! | guest | `NOTIFY`, from the stub's one place | the monitor is told, the process waits |
 //! | guest | `rt_sigreturn`, from the stub's one place | allowed |
-//! | guest | `arch_prctl`, from the stub's one place, to have CPUID trap | allowed |
 //! | guest | all others, in any ABI | a signal: it is the guest's own system call |
 //! | mapper | `NOTIFY` | the monitor is told, the process waits |
 //! | mapper | `mmap`, `munmap`, `mprotect` | allowed |
@@ -23,7 +22,6 @@
     reason = "numbers of system calls and places in the stub are small"
 )]
 
-use super::stub::ARCH_SET_CPUID;
 use super::stub::Entries;
 use super::stub::NOTIFY;
 
@@ -116,12 +114,6 @@ pub(crate) fn of_guest(entries: &Entries) -> Vec<Instruction> {
     let rules = [
         rule(NOTIFY, entries.notified, &[], TELL),
         rule(libc::SYS_rt_sigreturn as u32, entries.returned, &[], ALLOW),
-        rule(
-            libc::SYS_arch_prctl as u32,
-            entries.set,
-            &[ARCH_SET_CPUID.unsigned_abs().into(), 0],
-            ALLOW,
-        ),
     ];
     let rules: Vec<_> = rules.into_iter().flatten().collect();
     let to_trap = u8::try_from(rules.len() + 1).unwrap_or(u8::MAX);
@@ -179,7 +171,6 @@ pub(crate) fn of_spawner() -> Vec<Instruction> {
     let first_argument = [
         (libc::SYS_prctl, libc::PR_SET_PDEATHSIG.unsigned_abs()),
         (libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER),
-        (libc::SYS_arch_prctl, ARCH_SET_CPUID.unsigned_abs()),
     ];
     let is = |call: i64, otherwise| unless(call.unsigned_abs() as u32, otherwise);
     let mut program = vec![load(AT_ARCHITECTURE), unless(X86_64, 0), load(AT_NUMBER)];

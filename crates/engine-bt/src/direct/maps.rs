@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use super::space::Command;
 use super::space::unmap;
 use super::spawner::MEMORY_FD;
+use super::spawner::PATCHES_FD;
 use super::stub;
 use crate::walk::Access;
 
@@ -23,12 +24,23 @@ pub(crate) const READ: u8 = 1;
 pub(crate) const WRITE: u8 = 2;
 pub(crate) const EXECUTE: u8 = 4;
 
+/// Where a page's bytes are, by the mapper's descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bytes {
+    /// In the machine's RAM, at this offset in its file.
+    Ram(u64),
+    /// In the file of patched pages.
+    Patched(u64),
+}
+
 /// A guest page in a space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Page {
     /// Host address of its RAM in this process.
     host: u64,
     protection: u8,
+    /// Whether it is in [`Maps::tied`].
+    tied: bool,
 }
 
 /// A space's pages.
@@ -36,8 +48,9 @@ struct Page {
 pub(crate) struct Maps {
     /// By guest virtual page number.
     pages: BTreeMap<u64, Page>,
-    /// Writable pages by the host address of their RAM.
-    writable: HashMap<u64, Vec<u64>>,
+    /// Writable and patched pages by the host address of their RAM: those that code in it makes stale,
+    /// and those that a write to it does.
+    tied: HashMap<u64, Vec<u64>>,
     pending: Vec<Command>,
 }
 
@@ -64,19 +77,32 @@ impl Maps {
         self.pages.len() >= MOST_PAGES
     }
 
-    /// Shows guest page `page`: RAM that is at `host` here, and at `offset` in its file.
-    pub(crate) fn show(&mut self, page: u64, host: u64, offset: u64, protection: u8) {
+    /// Shows guest page `page`, whose RAM is at `host` here.
+    pub(crate) fn show(&mut self, page: u64, host: u64, bytes: Bytes, protection: u8) {
+        let (file, offset) = match bytes {
+            Bytes::Ram(offset) => (MEMORY_FD, offset),
+            Bytes::Patched(offset) => (PATCHES_FD, offset),
+        };
+        let file = u64::from(file.cast_unsigned());
         self.forget(page);
-        self.pages.insert(page, Page { host, protection });
-        if protection & WRITE != 0 {
-            self.writable.entry(host).or_default().push(page);
+        let tied = protection & WRITE != 0 || matches!(bytes, Bytes::Patched(_));
+        self.pages.insert(
+            page,
+            Page {
+                host,
+                protection,
+                tied,
+            },
+        );
+        if tied {
+            self.tied.entry(host).or_default().push(page);
         }
         let address = page * PAGE;
         if let Some(last) = self.pending.last_mut() {
-            let [number, start, len, before, .., end] = *last;
+            let [number, start, len, before, _, of, end] = *last;
             let follows = number == libc::SYS_mmap.cast_unsigned()
                 && start + len == address
-                && end + len == offset
+                && (of, end + len) == (file, offset)
                 && before == u64::from(protection);
             if follows {
                 last[2] += PAGE;
@@ -89,7 +115,7 @@ impl Maps {
             PAGE,
             protection.into(),
             FLAGS,
-            u64::from(MEMORY_FD.cast_unsigned()),
+            file,
             offset,
         ]);
     }
@@ -119,17 +145,17 @@ impl Maps {
             return;
         }
         self.pages.clear();
-        self.writable.clear();
+        self.tied.clear();
         self.pending.clear();
         self.pending.push(unmap(0, stub::BASE));
         self.pending
             .push(unmap(stub::END, stub::TASK_END - stub::END));
     }
 
-    /// Takes the right to write from the pages that show the RAM at `host`. Returns whether there
+    /// Hides the pages that show the RAM at `host` to write, or a copy of it. Returns whether there
     /// were any.
     pub(crate) fn revoke(&mut self, host: u64) -> bool {
-        let Some(pages) = self.writable.remove(&host) else {
+        let Some(pages) = self.tied.remove(&host) else {
             return false;
         };
         for page in pages {
@@ -158,12 +184,12 @@ impl Maps {
         let Some(found) = self.pages.remove(&page) else {
             return false;
         };
-        if found.protection & WRITE != 0
-            && let Some(pages) = self.writable.get_mut(&found.host)
+        if found.tied
+            && let Some(pages) = self.tied.get_mut(&found.host)
         {
             pages.retain(|&known| known != page);
             if pages.is_empty() {
-                self.writable.remove(&found.host);
+                self.tied.remove(&found.host);
             }
         }
         true
@@ -177,10 +203,10 @@ mod tests {
     #[test]
     fn neighbours_are_mapped_by_one_call() {
         let mut maps = Maps::default();
-        maps.show(0x400, 0x7000_0000, 0x1000, READ);
-        maps.show(0x401, 0x7000_1000, 0x2000, READ);
-        maps.show(0x402, 0x7000_2000, 0x3000, READ | WRITE);
-        maps.show(0x403, 0x7000_9000, 0xa000, READ | WRITE);
+        maps.show(0x400, 0x7000_0000, Bytes::Ram(0x1000), READ);
+        maps.show(0x401, 0x7000_1000, Bytes::Ram(0x2000), READ);
+        maps.show(0x402, 0x7000_2000, Bytes::Ram(0x3000), READ | WRITE);
+        maps.show(0x403, 0x7000_9000, Bytes::Ram(0xa000), READ | WRITE);
         let lengths: Vec<_> = maps
             .take_pending()
             .iter()
@@ -192,7 +218,7 @@ mod tests {
     #[test]
     fn a_hidden_page_is_unmapped_once() {
         let mut maps = Maps::default();
-        maps.show(0x400, 0x7000_0000, 0, READ);
+        maps.show(0x400, 0x7000_0000, Bytes::Ram(0), READ);
         maps.take_pending();
         maps.hide(0x400);
         maps.hide(0x400);
@@ -203,18 +229,19 @@ mod tests {
     #[test]
     fn revoking_finds_every_page_that_shows_the_ram() {
         let mut maps = Maps::default();
-        maps.show(1, 0x7000_0000, 0, READ | WRITE);
-        maps.show(9, 0x7000_0000, 0, READ | WRITE);
-        maps.show(5, 0x7000_0000, 0, READ);
+        maps.show(1, 0x7000_0000, Bytes::Ram(0), READ | WRITE);
+        maps.show(9, 0x7000_0000, Bytes::Ram(0), READ | WRITE);
+        maps.show(5, 0x7000_0000, Bytes::Ram(0), READ);
+        maps.show(6, 0x7000_0000, Bytes::Patched(0), READ | EXECUTE);
         assert!(maps.revoke(0x7000_0000));
-        assert!(!maps.has(1) && !maps.has(9) && maps.has(5));
+        assert!(!maps.has(1) && !maps.has(9) && !maps.has(6) && maps.has(5));
         assert!(!maps.revoke(0x7000_0000));
     }
 
     #[test]
     fn clearing_forgets_what_was_to_be_mapped() {
         let mut maps = Maps::default();
-        maps.show(1, 0x7000_0000, 0, READ);
+        maps.show(1, 0x7000_0000, Bytes::Ram(0), READ);
         maps.clear();
         let pending = maps.take_pending();
         assert!(

@@ -15,8 +15,8 @@
 //!
 //! A space is to its vCPU what a look-aside buffer is: each vCPU has its own, a tag one, and what is
 //! invalidated is unmapped before it is entered again. A page that holds translated code is shown
-//! without the right to write, a page of code that might tell of the host isn't shown to execute
-//! ([`scan`]).
+//! without the right to write; of a page of code that might tell of the host ([`scan`]), a copy is shown
+//! in which that traps ([`Patches`]).
 //!
 //! A trap costs some microseconds, so only code that has used its vCPU for some time runs this way,
 //! and only while it doesn't trap too often ([`Pace`]). All the rest is translated as ever.
@@ -24,6 +24,7 @@
 mod filter;
 mod maps;
 mod pace;
+mod patches;
 mod run;
 mod scan;
 mod space;
@@ -36,16 +37,13 @@ use maps::Maps;
 use pace::Pace;
 use space::Space;
 
+pub(crate) use patches::Patches;
 pub(crate) use run::Missing;
 pub(crate) use space::kill;
 pub(crate) use spawner::Spawner;
-pub(crate) use spawner::cpuid_can_trap;
 
 /// The signal that takes a vCPU out of a space.
 pub(crate) const KICK: libc::c_int = libc::SIGUSR1;
-
-/// Interrupts in a row that must find a page with CPUID at work before CPUID is made to trap.
-const CPUID_WANTED: u32 = 3;
 
 /// What a vCPU remembers between visits to spaces.
 #[derive(Debug, Default)]
@@ -53,8 +51,6 @@ pub(crate) struct Visits {
     /// A page of code that may not run directly: it is translated until it is left. CR3 and page
     /// number.
     held: Option<(u64, u64)>,
-    /// It may hold CPUID, and nothing worse.
-    held_for_cpuid: bool,
     /// How often pages were held since the last interrupt.
     holds: u32,
     /// An access that the guest is asked to make possible.
@@ -67,9 +63,6 @@ pub(crate) struct Direct {
     pub(crate) maps: Maps,
     pub(crate) pace: Pace,
     space: Option<Box<Space>>,
-    /// How often in a row a page with CPUID was found at work, and what that led to.
-    cpuid_wanted: u32,
-    cpuid_traps: bool,
 }
 
 impl Direct {
@@ -77,27 +70,6 @@ impl Direct {
     pub(crate) fn clear(&mut self) {
         self.maps.clear();
         self.pace = Pace::default();
-        self.cpuid_wanted = 0;
-        if self.cpuid_traps {
-            // Its switches are dear, and the new one may not need that.
-            self.cpuid_traps = false;
-            self.maps = Maps::default();
-            self.space = None;
-        }
-    }
-
-    /// An interrupt found a page at work that isn't run because it may hold CPUID, or (false) other
-    /// code. True when CPUID traps from here on.
-    fn note_cpuid(&mut self, found: bool) -> bool {
-        self.cpuid_wanted = if found { self.cpuid_wanted + 1 } else { 0 };
-        if self.cpuid_wanted >= CPUID_WANTED
-            && cpuid_can_trap()
-            && let Some(space) = &mut self.space
-        {
-            space.trap_cpuid();
-            self.cpuid_traps = true;
-        }
-        self.cpuid_traps
     }
 
     /// The space, made when there is none yet, showing what it should.
@@ -119,7 +91,6 @@ impl Direct {
     fn lose(&mut self) {
         self.space = None;
         self.maps = Maps::default();
-        self.cpuid_traps = false;
         self.pace.give_up();
     }
 }

@@ -16,11 +16,12 @@ use ringfence_x86::state::FS;
 use ringfence_x86::state::GS;
 use ringfence_x86::state::SS;
 
+use super::maps::Bytes;
 use super::maps::EXECUTE;
 use super::maps::READ;
 use super::maps::WRITE;
 use super::scan;
-use super::scan::Content;
+use super::scan::Found;
 use super::space::Registers;
 use super::space::Space;
 use super::space::register;
@@ -67,6 +68,15 @@ pub(crate) struct Missing {
     cr3: u64,
     address: u64,
     access: Access,
+}
+
+/// A page of code and what its neighbours add to it.
+struct Code([u8; scan::LEAD + PAGE_BYTES + scan::TAIL]);
+
+impl Default for Code {
+    fn default() -> Self {
+        Self([0; scan::LEAD + PAGE_BYTES + scan::TAIL])
+    }
 }
 
 /// Why a visit ended.
@@ -124,12 +134,7 @@ impl Core {
     /// An interrupt found user code at work.
     pub(crate) fn note_user_work(&mut self) {
         self.direct.holds = 0;
-        let held = self.is_held();
-        let direct = self.windows.direct_mut();
-        direct.pace.note_work();
-        if direct.note_cpuid(held && self.direct.held_for_cpuid) {
-            self.direct.held = None;
-        }
+        self.windows.direct_mut().pace.note_work();
         self.fast_stale = true;
     }
 
@@ -394,15 +399,12 @@ impl Core {
             return false;
         };
         let mut protection = READ;
+        let mut bytes = Bytes::Ram(offset);
         if access == Access::Fetch {
-            match self.content_of(page, host) {
-                Content::Plain => {}
-                Content::Cpuid if self.windows.direct().cpuid_traps => {}
-                content => {
-                    self.direct.held_for_cpuid = content == Content::Cpuid;
-                    return false;
-                }
-            }
+            let Some(code) = self.code_to_run(page, gpa, host, bytes) else {
+                return false;
+            };
+            bytes = code;
             protection |= EXECUTE;
         } else if found.writable {
             shared.pages.note_writable(gpa);
@@ -419,27 +421,76 @@ impl Core {
         self.windows
             .direct_mut()
             .maps
-            .show(page, host, offset, protection);
+            .show(page, host, bytes, protection);
         true
     }
 
-    /// What a page of code, together with its neighbours, may hold.
-    fn content_of(&self, page: u64, host: u64) -> Content {
-        let mut code = [0; PAGE_BYTES + scan::TAIL];
-        // SAFETY: a page of RAM.
-        unsafe { read_raw(host, &mut code[..PAGE_BYTES]) };
-        let known = self.read_code((page + 1) * PAGE, &mut code[PAGE_BYTES..]);
-        let len = if known { code.len() } else { PAGE_BYTES };
-        let content = scan::content(&code[..len], PAGE_BYTES);
-        // The page before may have been shown when this one was another.
-        let mut seam = [0; 2 * scan::TAIL];
-        let start = (page * PAGE).wrapping_sub(scan::TAIL as u64);
-        if self.read_code(start, &mut seam[..scan::TAIL]) {
-            seam[scan::TAIL..].copy_from_slice(&code[..scan::TAIL]);
-            content.max(scan::content(&seam, scan::TAIL))
-        } else {
-            content
+    /// What is shown of a page of code: itself, or a copy; nothing if neither may run.
+    fn code_to_run(&mut self, page: u64, gpa: u64, host: u64, itself: Bytes) -> Option<Bytes> {
+        let shared = std::sync::Arc::clone(&self.shared);
+        let patches = shared.patches.as_ref()?;
+        if let Some(offset) = patches.offset(gpa) {
+            return Some(Bytes::Patched(offset));
         }
+        let mut code = Code::default();
+        if self.search(page, host, &mut code)?.is_nothing() {
+            return Some(itself);
+        }
+        let retired = patches.take_retired();
+        if !retired.is_empty() {
+            self.revoke_writes(host);
+            patches.give_back(retired);
+        }
+        let mut writable = false;
+        let ticket = shared.code.exclusively(|| {
+            let ticket = patches.begin(gpa)?;
+            writable = shared.pages.mark_code(gpa);
+            Some(ticket)
+        })?;
+        if writable {
+            self.revoke_writes(host);
+        }
+        let found = self
+            .search(page, host, &mut code)
+            .filter(|found| !found.unclear);
+        let Some(Found { places, .. }) = found else {
+            patches.forget(gpa);
+            return None;
+        };
+        let copy = &mut code.0[scan::LEAD..scan::LEAD + PAGE_BYTES];
+        for place in places {
+            copy[place] = scan::UNDEFINED;
+        }
+        let offset = patches.finish(gpa, ticket, copy)?;
+        Some(Bytes::Patched(offset))
+    }
+
+    /// Reads a page of code and what its neighbours add to it, and searches it; nothing when what
+    /// begins on the page before may have to trap.
+    fn search(&self, page: u64, host: u64, code: &mut Code) -> Option<Found> {
+        const START: usize = scan::LEAD;
+        const END: usize = scan::LEAD + PAGE_BYTES;
+        // SAFETY: a page of RAM.
+        unsafe { read_raw(host, &mut code.0[START..END]) };
+        let behind = self.read_code((page + 1) * PAGE, &mut code.0[END..]);
+        let before = (page * PAGE).wrapping_sub(scan::LEAD as u64);
+        let first = if self.read_code(before, &mut code.0[..START]) {
+            // The page before may have been shown when this one was another.
+            let seam = START - scan::TAIL..START;
+            let found = scan::search(&code.0[..START + scan::TAIL], seam);
+            let reaches = |&place: &usize| place + 2 >= scan::TAIL;
+            if found.unclear || found.places.iter().any(reaches) {
+                return None;
+            }
+            0
+        } else {
+            START
+        };
+        let end = if behind { code.0.len() } else { END };
+        Some(scan::search(
+            &code.0[first..end],
+            START - first..END - first,
+        ))
     }
 
     /// Reads code of one page where user code could run it.

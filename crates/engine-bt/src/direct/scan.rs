@@ -1,12 +1,14 @@
-//! Which pages of code may run directly: those without an instruction that tells of the host and
-//! doesn't trap.
+//! Which places in a page of code tell of the host and don't trap.
 //!
-//! These are CPUID (unless the processor lets it trap), LAR and LSL (the vDSO asks for the processor's
-//! number that way), XGETBV, RDTSCP, RDPID, and XSAVE and its relatives, whose areas are as large as
-//! the host's state and not the guest's. Their bytes are looked for; where they are found, the code before
-//! them is decoded, since most are parts of other instructions. Code is decoded from many places:
-//! wherever it begins, it is read alike after a few instructions. Code that jumps into the midst of its
-//! own instructions to hide one of these is not caught; all that it learns is what processor the host has.
+//! These are CPUID, LAR, LSL (the vDSO asks for the processor's number that way), XGETBV, RDTSCP,
+//! RDPID, RDPKRU and WRPKRU, SYSENTER, and XSAVE and its relatives, whose areas are as large as the host's
+//! state and not the guest's. (Of XSAVEC, too: not every processor knows what isn't in use.) Their bytes
+//! are looked for; where they are found, the code before them is decoded, since most are parts of
+//! other instructions. Code is decoded from many places: wherever it begins, it is read alike after a few
+//! instructions. Code that jumps into the midst of its own instructions to hide one of these is not
+//! caught; all that it learns is what processor the host has.
+
+use std::ops::Range;
 
 use iced_x86::Decoder;
 use iced_x86::Instruction;
@@ -17,69 +19,83 @@ use crate::step::decoder_options;
 /// Bytes of the next page that an instruction at this one's end may need.
 pub(crate) const TAIL: usize = 14;
 /// Bytes before a suspicious place from which decoding begins, and how many beginnings are tried.
-const RUN_UP: usize = 64;
+const RUN_UP: usize = 192;
 const BEGINNINGS: usize = 16;
+/// Bytes of the page before that are wanted.
+pub(crate) const LEAD: usize = RUN_UP + BEGINNINGS;
+/// First byte of every one of these instructions' opcodes, prefixes apart.
+const ESCAPE: u8 = 0x0f;
+/// Behind [`ESCAPE`] it makes UD2, whatever prefixes there are.
+pub(crate) const UNDEFINED: u8 = 0x0b;
 
-/// What a page of code may hold, the worst.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Content {
-    /// Nothing that tells of the host.
-    Plain,
-    /// CPUID, which can be made to trap.
-    Cpuid,
-    /// An instruction that can't.
-    Sensitive,
+/// What a page of code holds of such instructions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// Where in the page [`UNDEFINED`] makes one trap.
+    pub(crate) places: Vec<usize>,
+    /// There may be one that can't be told from other code, or that reaches into the next page.
+    pub(crate) unclear: bool,
 }
 
-/// What `code` holds in its first `len` bytes, a page; the rest is what follows it.
-pub(crate) fn content(code: &[u8], len: usize) -> Content {
-    const ESCAPE: u8 = 0x0f;
-    let mut worst = Content::Plain;
-    let mut at = 0;
-    while let Some(found) = code[at..len].iter().position(|&byte| byte == ESCAPE) {
+impl Found {
+    /// Nothing.
+    pub(crate) fn is_nothing(&self) -> bool {
+        self.places.is_empty() && !self.unclear
+    }
+}
+
+/// What the part `page` of `code` holds; the rest is what comes before and behind it.
+pub(crate) fn search(code: &[u8], page: Range<usize>) -> Found {
+    let mut all = Found::default();
+    let mut at = page.start;
+    while let Some(found) = code[at..page.end].iter().position(|&byte| byte == ESCAPE) {
         at += found;
         if is_suspicious(code, at) {
-            worst = worst.max(content_at(code, at));
+            match (is_sensitive(code, at), at + 2 < page.end) {
+                (Some(false), _) => {}
+                (Some(true), true) => all.places.push(at + 1 - page.start),
+                _ => all.unclear = true,
+            }
         }
         at += 1;
     }
-    worst
+    all
 }
 
-/// Whether the bytes at `at` look like one of the instructions.
+/// Whether the bytes at `at` look like one of the instructions. What reaches into a page that isn't
+/// there doesn't: it can't run before that page is there, and is then found from it.
 fn is_suspicious(code: &[u8], at: usize) -> bool {
-    let opcode = code.get(at + 1);
-    let operand = code.get(at + 2);
-    let (Some(opcode), Some(operand)) = (opcode, operand) else {
-        return true;
+    let (Some(opcode), Some(operand)) = (code.get(at + 1), code.get(at + 2)) else {
+        return code.get(at + 1) == Some(&0xa2);
     };
     let extension = operand >> 3 & 7;
     match opcode {
-        // CPUID, LAR, LSL.
-        0xa2 | 0x02 | 0x03 => true,
-        // XGETBV, RDTSCP.
-        0x01 => matches!(operand, 0xd0 | 0xf9),
-        // XSAVE, XRSTOR, XSAVEOPT; XRSTORS, XSAVEC, XSAVES, RDPID.
-        0xae => *operand < 0xc0 && matches!(extension, 4..=6),
-        0xc7 => extension >= 3,
+        // CPUID, LAR, LSL, SYSENTER.
+        0xa2 | 0x02 | 0x03 | 0x34 => true,
+        // XGETBV, RDTSCP, RDPKRU, WRPKRU.
+        0x01 => matches!(operand, 0xd0 | 0xf9 | 0xee | 0xef),
+        // XSAVE, XSAVEOPT; XSAVEC; RDPID.
+        0xae => *operand < 0xc0 && matches!(extension, 4 | 6),
+        0xc7 => extension == if *operand < 0xc0 { 4 } else { 7 },
         _ => false,
     }
 }
 
-/// What the instruction is that covers the byte at `at`, as code from some beginning is read.
-fn content_at(code: &[u8], at: usize) -> Content {
-    if at + 2 >= code.len() {
-        return Content::Sensitive;
-    }
-    (0..BEGINNINGS)
-        .map(|shift| {
-            let begin = at.saturating_sub(RUN_UP + shift);
-            // At the start of the page there is no run-up: every place there is a beginning.
-            let begin = if begin == 0 { shift.min(at) } else { begin };
-            covering(code, begin, at).map_or(Content::Plain, |instruction| of(&instruction))
+/// Whether the instruction whose opcode begins at `at` is one of these, if code reads alike from
+/// wherever it is begun.
+fn is_sensitive(code: &[u8], at: usize) -> Option<bool> {
+    let reads = |shift: usize| {
+        let begin = at.saturating_sub(RUN_UP + shift);
+        // At the start of what is known there is no run-up: every place there is a beginning.
+        let begin = if begin == 0 { shift.min(at) } else { begin };
+        covering(code, begin, at).is_some_and(|instruction| {
+            is_listed(&instruction) && has_escape(code, &instruction, at)
         })
-        .max()
-        .unwrap_or(Content::Sensitive)
+    };
+    let first = reads(0);
+    (1..BEGINNINGS)
+        .all(|shift| reads(shift) == first)
+        .then_some(first)
 }
 
 fn covering(code: &[u8], begin: usize, at: usize) -> Option<Instruction> {
@@ -94,36 +110,65 @@ fn covering(code: &[u8], begin: usize, at: usize) -> Option<Instruction> {
     None
 }
 
-fn of(instruction: &Instruction) -> Content {
+/// Whether the instruction's opcode begins at `at`: there are prefixes alone before it.
+fn has_escape(code: &[u8], instruction: &Instruction, at: usize) -> bool {
+    let start = usize::try_from(instruction.ip()).unwrap_or(usize::MAX);
+    let prefixes = code.get(start..at);
+    prefixes.is_some_and(|prefixes| {
+        prefixes.iter().all(|byte| {
+            matches!(
+                byte,
+                0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3
+            ) || byte & 0xf0 == 0x40
+        })
+    })
+}
+
+fn is_listed(instruction: &Instruction) -> bool {
     use Mnemonic as M;
-    match instruction.mnemonic() {
-        M::Cpuid => Content::Cpuid,
-        M::Lar | M::Lsl | M::Xgetbv | M::Rdtscp | M::Rdpid => Content::Sensitive,
-        M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xsaveopt | M::Xsaveopt64 => {
-            Content::Sensitive
-        }
-        M::Xrstor | M::Xrstor64 => Content::Sensitive,
-        _ => Content::Plain,
-    }
+    matches!(
+        instruction.mnemonic(),
+        M::Cpuid
+            | M::Lar
+            | M::Lsl
+            | M::Sysenter
+            | M::Xgetbv
+            | M::Rdtscp
+            | M::Rdpid
+            | M::Rdpkru
+            | M::Wrpkru
+            | M::Xsave
+            | M::Xsave64
+            | M::Xsavec
+            | M::Xsavec64
+            | M::Xsaveopt
+            | M::Xsaveopt64
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const PAGE: Range<usize> = LEAD..LEAD + 4096;
+
+    /// A page of NOPs between others, with `bytes` in it.
     fn page_with(at: usize, bytes: &[u8]) -> Vec<u8> {
-        let mut page = vec![0x90; 4096 + TAIL];
-        page[at..at + bytes.len()].copy_from_slice(bytes);
+        let mut page = vec![0x90; LEAD + 4096 + TAIL];
+        page[LEAD + at..LEAD + at + bytes.len()].copy_from_slice(bytes);
         page
     }
 
     #[test]
     fn sensitive_instructions_are_found_wherever_they_begin() {
-        let all: [&[u8]; 8] = [
+        let all: [&[u8]; 11] = [
             &[0x0f, 0xa2],
             &[0x0f, 0x03, 0xc0],
+            &[0x48, 0x0f, 0x03, 0xc0],
             &[0x0f, 0x01, 0xd0],
             &[0x0f, 0x01, 0xf9],
+            &[0x0f, 0x01, 0xef],
+            &[0x0f, 0x34],
             &[0x0f, 0xae, 0x64, 0x24, 0x40],
             &[0x0f, 0xc7, 0x64, 0x24, 0x40],
             &[0xf3, 0x0f, 0xc7, 0xf8],
@@ -131,16 +176,24 @@ mod tests {
         ];
         for bytes in all {
             for at in [0, 1, 30, 2000, 4096 - bytes.len(), 4095 - 1] {
-                let found = content(&page_with(at, bytes), 4096);
-                assert_ne!(found, Content::Plain, "{bytes:x?} at {at}");
+                let found = search(&page_with(at, bytes), PAGE);
+                let escape = bytes.iter().position(|&byte| byte == ESCAPE).expect("one");
+                let place = at + escape + 1;
+                if place + 1 < 4096 {
+                    assert_eq!(found.places, [place], "{bytes:x?} at {at}");
+                    assert!(!found.unclear);
+                } else {
+                    assert!(found.unclear, "{bytes:x?} at {at}");
+                }
             }
         }
     }
 
     #[test]
-    fn ordinary_code_is_plain() {
-        let all: [&[u8]; 7] = [
+    fn ordinary_code_is_nothing() {
+        let all: [&[u8]; 8] = [
             &[0x0f, 0x05],
+            &[0x0f, 0xae, 0x6c, 0x24, 0x40],
             &[0x0f, 0xae, 0xe8],
             &[0x0f, 0xc7, 0x0f],
             &[0x0f, 0x31],
@@ -150,22 +203,32 @@ mod tests {
             &[0x48, 0x8d, 0x05, 0x0f, 0x03, 0, 0],
         ];
         for bytes in all {
-            let found = content(&page_with(100, bytes), 4096);
-            assert_eq!(found, Content::Plain, "{bytes:x?}");
+            let found = search(&page_with(100, bytes), PAGE);
+            assert!(found.is_nothing(), "{bytes:x?}");
         }
     }
 
     #[test]
+    fn the_end_of_an_instruction_of_the_page_before_is_no_instruction() {
+        // lea rax, [rip + 0x3a20f], whose last four bytes would begin with CPUID.
+        let mut page = page_with(0, &[0x0f, 0xa2, 3, 0]);
+        page[LEAD - 3..LEAD].copy_from_slice(&[0x48, 0x8d, 0x05]);
+        assert!(search(&page, PAGE).is_nothing());
+    }
+
+    #[test]
+    fn what_reads_differently_from_different_places_is_unclear() {
+        // The first bytes that are known: CPUID, or the immediate of what began a byte earlier.
+        let mut page = vec![0x90; 4096];
+        page[..5].copy_from_slice(&[0xb8, 0x0f, 0xa2, 0, 0]);
+        assert!(search(&page, 0..4096).unclear);
+    }
+
+    #[test]
     fn an_instruction_may_reach_into_the_next_page() {
-        assert_eq!(
-            content(&page_with(4095, &[0x0f, 0xa2]), 4096),
-            Content::Cpuid
-        );
-        assert_eq!(
-            content(&page_with(4095, &[0x0f, 0x05]), 4096),
-            Content::Plain
-        );
+        assert!(search(&page_with(4095, &[0x0f, 0xa2]), PAGE).unclear);
+        assert!(search(&page_with(4095, &[0x0f, 0x05]), PAGE).is_nothing());
         let alone = page_with(4095, &[0x0f]);
-        assert_eq!(content(&alone[..4096], 4096), Content::Sensitive);
+        assert!(search(&alone[..LEAD + 4096], PAGE).is_nothing());
     }
 }

@@ -111,11 +111,10 @@ impl Listener {
         }
     }
 
-    /// Lets the process go on, its call returning `value`.
-    fn answer(&mut self, value: i64) -> io::Result<()> {
+    /// Lets the process go on.
+    fn answer(&mut self) -> io::Result<()> {
         let answer = Answer {
             id: self.waiting,
-            value,
             ..Answer::default()
         };
         // SAFETY: a whole structure of the size that the number names.
@@ -166,8 +165,6 @@ pub(crate) struct Space {
     /// Both as the kernel first wrote them: what isn't registers is put back before each entry.
     pristine: Box<[u8]>,
     software: [u8; 48],
-    /// The next answer says so.
-    cpuid_shall_trap: bool,
 }
 
 impl Space {
@@ -186,7 +183,6 @@ impl Space {
             fpstate: 0,
             pristine: Box::default(),
             software: [0; 48],
-            cpuid_shall_trap: false,
         };
         space.mapper.wait()?;
         let arguments = space.guest.wait()?;
@@ -196,11 +192,6 @@ impl Space {
             unmap(stub::END, stub::TASK_END - stub::END),
         ])?;
         Ok(space)
-    }
-
-    /// From the next visit on, CPUID traps. Switching to and from such a process can cost much more.
-    pub(crate) fn trap_cpuid(&mut self) {
-        self.cpuid_shall_trap = true;
     }
 
     /// The guest's process, for signals.
@@ -221,7 +212,7 @@ impl Space {
                     batch.len(),
                 );
             }
-            self.mapper.answer(0)?;
+            self.mapper.answer()?;
             let [failed, ..] = self.mapper.wait()?;
             if failed != 0 {
                 return Err(io::Error::other(format!("{failed} mappings failed")));
@@ -233,8 +224,7 @@ impl Space {
     /// Runs the guest's code until it stops, and returns the number of the signal that stopped it
     /// (as the guest's process says).
     pub(crate) fn run(&mut self) -> io::Result<u64> {
-        let change = std::mem::take(&mut self.cpuid_shall_trap);
-        self.guest.answer(change.into())?;
+        self.guest.answer()?;
         Ok(self.guest.wait()?[0])
     }
 

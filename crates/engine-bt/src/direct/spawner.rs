@@ -25,7 +25,6 @@ use std::os::fd::FromRawFd;
 use std::os::fd::OwnedFd;
 use std::os::fd::RawFd;
 use std::ptr;
-use std::sync::OnceLock;
 use std::sync::atomic::AtomicI32;
 use std::sync::atomic::Ordering;
 
@@ -45,7 +44,9 @@ pub(crate) struct Parts {
 const DESCRIPTORS: usize = 3;
 /// Number of the guest memory's descriptor in the spawner.
 pub(crate) const MEMORY_FD: RawFd = 3;
-const SOCKET_FD: RawFd = 4;
+/// The same of the patched pages' file.
+pub(crate) const PATCHES_FD: RawFd = 4;
+const SOCKET_FD: RawFd = 5;
 /// How long a space may take to be set up.
 const PATIENCE_US: u32 = 2_000_000;
 const PAUSE_US: u32 = 50;
@@ -67,8 +68,8 @@ pub(crate) struct Spawner {
 }
 
 impl Spawner {
-    /// Starts it. `memory` is the machine's RAM.
-    pub(crate) fn start(memory: RawFd) -> io::Result<Self> {
+    /// Starts it. `memory` is the machine's RAM, `patches` the file of patched pages of it.
+    pub(crate) fn start(memory: RawFd, patches: RawFd) -> io::Result<Self> {
         let mut pair = [0; 2];
         // SAFETY: the array has room for two descriptors.
         let made = unsafe {
@@ -89,7 +90,7 @@ impl Spawner {
         // SAFETY: a fork. The child makes system calls alone: it takes no locks and allocates nothing.
         match unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) } {
             -1 => Err(io::Error::last_os_error()),
-            0 => serve(theirs.as_raw_fd(), memory, &filter),
+            0 => serve(theirs.as_raw_fd(), [memory, patches], &filter),
             _ => Ok(Self { socket: ours }),
         }
     }
@@ -110,15 +111,6 @@ impl Spawner {
             process,
         })
     }
-}
-
-/// Whether this host's processor and kernel can have CPUID trap.
-pub(crate) fn cpuid_can_trap() -> bool {
-    static CAN: OnceLock<bool> = OnceLock::new();
-    *CAN.get_or_init(|| {
-        // SAFETY: asks for what holds already: CPUID doesn't trap here.
-        unsafe { libc::syscall(libc::SYS_arch_prctl, stub::ARCH_SET_CPUID, 1) == 0 }
-    })
 }
 
 /// Room for the descriptors of a message.
@@ -205,7 +197,7 @@ fn end(status: libc::c_int) -> ! {
 }
 
 /// The spawner's life.
-fn serve(socket: RawFd, memory: RawFd, filter: &[filter::Instruction]) -> ! {
+fn serve(socket: RawFd, files: [RawFd; 2], filter: &[filter::Instruction]) -> ! {
     // SAFETY: system calls on this process's own state; the descriptors are moved out of each
     // other's way first.
     unsafe {
@@ -213,11 +205,12 @@ fn serve(socket: RawFd, memory: RawFd, filter: &[filter::Instruction]) -> ! {
         libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
         libc::signal(libc::SIGCHLD, libc::SIG_IGN);
         let socket = libc::fcntl(socket, libc::F_DUPFD, 16);
-        let memory = libc::fcntl(memory, libc::F_DUPFD, 16);
-        if socket < 0 || memory < 0 {
+        let files = files.map(|file| libc::fcntl(file, libc::F_DUPFD, 16));
+        if socket < 0 || files.iter().any(|&file| file < 0) {
             end(1);
         }
-        libc::dup2(memory, MEMORY_FD);
+        libc::dup2(files[0], MEMORY_FD);
+        libc::dup2(files[1], PATCHES_FD);
         libc::dup2(socket, SOCKET_FD);
         libc::close(0);
         libc::close(1);

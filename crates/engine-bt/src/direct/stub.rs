@@ -63,9 +63,6 @@ pub(crate) const MAPPER_FILTER: u64 = 512;
 /// The call that the filters turn into a word to the monitor. It is never executed.
 pub(crate) const NOTIFY: u32 = libc::SYS_getppid as u32;
 
-/// `arch_prctl`'s code for letting CPUID trap (0) or not.
-pub(crate) const ARCH_SET_CPUID: i32 = 0x1012;
-
 /// A command of the mapper: a system call's number and arguments.
 pub(crate) const COMMAND_WORDS: usize = 7;
 /// Most commands in a batch: the count takes a word.
@@ -82,8 +79,6 @@ global_asm!(
     ".hidden ringfence_direct_signal",
     ".globl ringfence_direct_notified",
     ".hidden ringfence_direct_notified",
-    ".globl ringfence_direct_set",
-    ".hidden ringfence_direct_set",
     ".globl ringfence_direct_returned",
     ".hidden ringfence_direct_returned",
     ".globl ringfence_direct_end",
@@ -147,15 +142,6 @@ global_asm!(
     "mov eax, {notify}",
     "syscall",
     "ringfence_direct_notified:",
-    // An answer of 1: CPUID shall trap from here on.
-    "test eax, eax",
-    "jz 7f",
-    "mov eax, {arch_prctl}",
-    "mov edi, {arch_set_cpuid}",
-    "xor esi, esi",
-    "syscall",
-    "ringfence_direct_set:",
-    "7:",
     "mov rax, [rbx + {fs_base}]",
     "wrfsbase rax",
     "mov rax, [rbx + {gs_base}]",
@@ -220,8 +206,6 @@ global_asm!(
     clone = const libc::SYS_clone,
     exit = const libc::SYS_exit,
     sigaltstack = const libc::SYS_sigaltstack,
-    arch_prctl = const libc::SYS_arch_prctl,
-    arch_set_cpuid = const ARCH_SET_CPUID,
     guest_flags = const libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_PARENT | libc::CLONE_PIDFD,
     mapper_flags = const libc::CLONE_VM | libc::CLONE_FILES | libc::SIGCHLD,
     stack = const BASE + HEAD + SIGNAL_STACK,
@@ -245,7 +229,6 @@ unsafe extern "C" {
     static ringfence_direct_begin: u8;
     static ringfence_direct_signal: u8;
     static ringfence_direct_notified: u8;
-    static ringfence_direct_set: u8;
     static ringfence_direct_returned: u8;
     static ringfence_direct_end: u8;
 }
@@ -257,8 +240,6 @@ pub(crate) struct Entries {
     pub signal: u64,
     /// Behind the instruction that tells the monitor.
     pub notified: u64,
-    /// Behind the instruction that has CPUID trap.
-    pub set: u64,
     /// Behind the instruction that returns from a signal.
     pub returned: u64,
 }
@@ -271,7 +252,6 @@ pub(crate) fn entries() -> Entries {
         begin: at(&raw const ringfence_direct_begin),
         signal: at(&raw const ringfence_direct_signal),
         notified: at(&raw const ringfence_direct_notified),
-        set: at(&raw const ringfence_direct_set),
         returned: at(&raw const ringfence_direct_returned),
     }
 }

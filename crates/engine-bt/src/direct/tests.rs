@@ -20,7 +20,8 @@ fn ram() -> (OwnedFd, Reservation) {
 /// A space that shows the second page of RAM at [`CODE`], with `code` in it.
 fn space_with(code: &[u8]) -> (Spawner, Space) {
     let (file, view) = ram();
-    let spawner = Spawner::start(file.as_raw_fd()).expect("a spawner");
+    let patches = super::Patches::new().expect("a file");
+    let spawner = Spawner::start(file.as_raw_fd(), patches.file()).expect("a spawner");
     let mut space = Space::new(&spawner).expect("a space");
     // SAFETY: inside the mapping of RAM.
     unsafe { crate::ram::copy_raw(code.as_ptr() as u64, view.start() + 4096, code.len()) };
@@ -28,7 +29,7 @@ fn space_with(code: &[u8]) -> (Spawner, Space) {
     maps.show(
         CODE / 4096,
         view.start() + 4096,
-        4096,
+        super::maps::Bytes::Ram(4096),
         super::maps::READ | super::maps::EXECUTE,
     );
     space.execute(&maps.take_pending()).expect("mapped");
