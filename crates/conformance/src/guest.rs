@@ -23,6 +23,7 @@ use ringfence_memory::GuestAddress;
 use ringfence_memory::GuestRam;
 use ringfence_memory::HugePages;
 use ringfence_x86::cpuid::CpuidTable;
+use ringfence_x86::state::VcpuState;
 
 use crate::Bench;
 use crate::asm::Asm;
@@ -32,6 +33,7 @@ use crate::dump;
 use crate::fault;
 use crate::fault::Expected;
 use crate::fault::Fault;
+use crate::features;
 use crate::handlers;
 use crate::layout;
 use crate::tables;
@@ -174,7 +176,15 @@ impl Guest {
         }
         let mut state = self.vcpu.state().expect("the first state");
         tables::long_mode(&mut state);
+        self.allow_bases(&mut state);
         self.vcpu.set_state(&state).expect("64-bit mode");
+    }
+
+    /// As every kernel has it: engines may run user code in other ways than without.
+    fn allow_bases(&self, state: &mut VcpuState) {
+        if self.has(features::FSGSBASE) {
+            state.sregs.cr4 |= ringfence_x86::paging::CR4_FSGSBASE;
+        }
     }
 
     /// Places a device in port space.
@@ -261,6 +271,7 @@ impl Guest {
         self.poke(layout::RESUME, 0);
         let mut state = self.vcpu.state().expect("a state");
         tables::long_mode(&mut state);
+        self.allow_bases(&mut state);
         self.vcpu.set_state(&state).expect("a start");
         result
     }

@@ -87,7 +87,7 @@ impl std::fmt::Display for Failure {
 pub struct Guest {
     // Dropped before the machine that it belongs to.
     vcpu: Box<dyn Vcpu>,
-    _vm: Box<dyn Vm>,
+    vm: Box<dyn Vm>,
     ram: GuestRam,
     kicker: Kicker,
     stepping: bool,
@@ -137,7 +137,7 @@ impl Guest {
         let kicker = Kicker::new(vcpu.waker());
         let mut guest = Self {
             vcpu,
-            _vm: vm,
+            vm,
             ram,
             kicker,
             stepping: false,
@@ -145,6 +145,15 @@ impl Guest {
         };
         guest.furnish()?;
         Ok(guest)
+    }
+
+    /// One of the engine's counters; 0 when it has none of that name.
+    #[must_use]
+    pub fn counter(&self, name: &str) -> u64 {
+        let all = self.vm.counters();
+        all.iter()
+            .find(|(known, _)| *known == name)
+            .map_or(0, |&(_, value)| value)
     }
 
     /// Its vCPU.

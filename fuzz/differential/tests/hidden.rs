@@ -2,10 +2,12 @@
 
 #[cfg(test)]
 mod tests {
+    use ringfence_engine_bt::Direct;
     use ringfence_fuzz_differential::case::Case;
     use ringfence_fuzz_differential::case::Piece;
     use ringfence_fuzz_differential::guest::Guest;
     use ringfence_fuzz_differential::guest::MANNERS;
+    use ringfence_fuzz_differential::guest::Manner;
     use ringfence_fuzz_differential::layout::DATA;
     use ringfence_fuzz_differential::random::Random;
     use ringfence_fuzz_differential::session::Batch;
@@ -67,5 +69,45 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// Runs code that asks for CPUID's leaf 0 and adds `number`, and returns what it found.
+    fn ask(guest: &mut Guest, number: u8) -> [u64; 4] {
+        // Where it is in the midst of other code, what it is can be told: mov eax, 0; cpuid; mov esi, NUMBER
+        let mut code = vec![0x90; 300];
+        code.extend([0xb8, 0, 0, 0, 0, 0x0f, 0xa2, 0xbe, number, 0, 0, 0]);
+        let state = State {
+            rflags: 0x202,
+            ..State::default()
+        };
+        let case = Case {
+            pieces: vec![Piece::plain(&code)],
+            state,
+        };
+        let batch = Batch::new(vec![case], &mut Random::new(1));
+        guest.set_arena(&batch.arena());
+        let inputs = [batch.cases[0].state];
+        let found = guest.run(&inputs, Manner::Straight).expect("an end");
+        // Code is what it was, for whoever reads it.
+        assert_eq!(guest.arena(), batch.arena());
+        assert_eq!(found[0].trap, 3);
+        let [leaves, signature, rest] = [0, 3, 1].map(|register| found[0].gpr[register]);
+        [leaves, signature, rest, found[0].gpr[6]]
+    }
+
+    #[test]
+    fn code_that_runs_directly_asks_the_guests_processor_and_may_be_changed() {
+        if let Some(reason) = Session::obstacle() {
+            eprintln!("skipped: {reason}");
+            return;
+        }
+        let translated = ask(&mut Guest::new().expect("a guest"), 1);
+        let mut guest = Guest::with(Direct::Always).expect("a guest");
+        for number in [1, 1, 2, 3, 3] {
+            let found = ask(&mut guest, number);
+            assert_eq!(found[..3], translated[..3]);
+            assert_eq!(found[3], u64::from(number));
+        }
+        assert!(guest.counter("direct_traps") >= 5);
     }
 }

@@ -270,6 +270,9 @@ pub fn fsgsbase_instructions_follow_cr4(bench: &Bench<'_>) {
         return;
     }
     let values = guest.run_expecting(&[fault(UD)], |a| {
+        a.mov(rax, cr4)?;
+        a.btr(rax, 16)?;
+        a.mov(cr4, rax)?;
         a.faulting(|a| a.rdfsbase(rax))?;
         a.set_cr4(paging::CR4_FSGSBASE)?;
         a.mov(rax, layout::FRAMES)?;

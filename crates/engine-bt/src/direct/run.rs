@@ -7,6 +7,7 @@ use std::io;
 use std::sync::PoisonError;
 
 use ringfence_x86::paging::CR4_FSGSBASE;
+use ringfence_x86::paging::CR4_TSD;
 use ringfence_x86::paging::PTE_ADDR;
 use ringfence_x86::paging::PTE_P;
 use ringfence_x86::state::CS;
@@ -99,7 +100,7 @@ impl Core {
             && self.shared.spawner.is_some()
             && self.msrs.tsc_offset == 0
             && self.sys.xcr0 == self.shared.host.guest_xcr0
-            && self.sys.cr4 & CR4_FSGSBASE != 0
+            && self.sys.cr4 & (CR4_FSGSBASE | CR4_TSD) == CR4_FSGSBASE
             && self.has_flat_selectors()
             && !self.uses_the_stubs_place()
     }
