@@ -45,9 +45,20 @@ fn new(tree: &Tree, mount: &Mount, filesystem: &str) -> Result<(), InitError> {
     let target = tree.make(&mount.target, Kind::Directory)?;
     let what = || format!("mount {filesystem} at {}", mount.target);
     let flags = MountFlags::from_bits_retain(u32::try_from(mount.flags).unwrap_or(u32::MAX));
-    let data = CString::new(mount.data.clone())
-        .map_err(|_| InitError::Refused(format!("{}: options hold a zero byte", mount.target)))?;
     let mode = mode_of(&target);
+    let mut data = mount.data.clone();
+    let says_mode = data.split(',').any(|word| word.starts_with("mode="));
+    if filesystem == "tmpfs"
+        && was_there
+        && !says_mode
+        && let Some(mode) = &mode
+    {
+        // It looks as what it covers did, unless it is said how.
+        let comma = if data.is_empty() { "" } else { "," };
+        data = format!("{data}{comma}mode={:o}", mode.mode());
+    }
+    let data = CString::new(data)
+        .map_err(|_| InitError::Refused(format!("{}: options hold a zero byte", mount.target)))?;
     let copied = if mount.copy_up {
         Some(tree.handle(Path::new(&mount.target)).step(what)?)
     } else {
@@ -68,15 +79,6 @@ fn new(tree: &Tree, mount: &Mount, filesystem: &str) -> Result<(), InitError> {
         data.as_c_str(),
     )
     .step(what)?;
-    if filesystem == "tmpfs"
-        && was_there
-        && !mount.data.split(',').any(|word| word.starts_with("mode="))
-        && let Some(mode) = mode.clone()
-    {
-        // It looks as what it covers did, unless it is said how; read only it can't be changed.
-        let new = tree.handle(Path::new(&mount.target)).step(what)?;
-        let _kept = fs::set_permissions(Tree::name(new.as_fd()), mode);
-    }
     if let Some(hidden) = copied {
         let new = tree.handle(Path::new(&mount.target)).step(what)?;
         copy_tree(
@@ -109,7 +111,7 @@ fn refuse_link(tree: &Tree, target: &str) -> Result<(), InitError> {
         return Ok(());
     }
     Err(InitError::Refused(format!(
-        "{target} must be mounted on an ordinary directory"
+        "{target} must be mounted on ordinary directory"
     )))
 }
 

@@ -203,6 +203,8 @@ fn hold(plan: &Plan, proc: &OwnedFd, runtime: &mut Runtime) -> Result<(), InitEr
     runtime.tell(&Message::Ready(true));
     if let Some(fifo) = plan.start_fifo {
         let what = || "wait for the start".to_owned();
+        // The first process of a namespace takes no signal that it doesn't wait for.
+        sys::end_by_signals();
         // By the host's /proc, since the container may have none or another.
         let path = format!("self/fd/{fifo}");
         let flags = OFlags::WRONLY | OFlags::CLOEXEC;

@@ -149,6 +149,8 @@ pub(crate) fn enter(
     let mut state = String::new();
     if root.ask_hooks {
         state = runtime.ask("hooks")?;
+        // As runc's: hooks of the container begin in its root.
+        rustix::process::fchdir(tree.root()).step(|| "enter the root".to_owned())?;
         hooks::run("createContainer", &root.create_hooks, &state, &[])?;
     }
     for path in &root.read_only_paths {

@@ -348,6 +348,20 @@ pub(crate) fn loopback_up() -> io::Result<()> {
     Ok(())
 }
 
+extern "C" fn leave(signal: libc::c_int) {
+    // SAFETY: it ends the process, and touches nothing of it.
+    unsafe { libc::_exit(128 + signal) }
+}
+
+/// Lets those signals end the process that ask for it, until the program takes over.
+pub(crate) fn end_by_signals() {
+    let handler: extern "C" fn(libc::c_int) = leave;
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+        // SAFETY: the handler calls nothing but _exit, which may be called at any time.
+        unsafe { libc::signal(signal, handler as libc::sighandler_t) };
+    }
+}
+
 /// Gives every signal its default action and blocks none.
 pub(crate) fn reset_signals() {
     for signal in 1..=libc::SIGRTMAX() {

@@ -109,4 +109,11 @@ def _memory_policy(policy: Fields) -> dict[str, object]:
         mode |= _one_of(_MEMORY_FLAGS, name, "invalid memory policy flag")
     nodes = policy.text("nodes")
     words = processors(nodes, "invalid memory policy nodes") if nodes else []
+    count = sum(word.bit_count() for word in words)
+    if policy.text("mode") in {"MPOL_DEFAULT", "MPOL_LOCAL"} and count:
+        message = f"memory policy mode requires 0 nodes but got {count}"
+        raise ConfigError(message)
+    if policy.text("mode") not in {"MPOL_DEFAULT", "MPOL_LOCAL", "MPOL_PREFERRED"} and not count:
+        message = "memory policy mode requires at least one node but got 0"
+        raise ConfigError(message)
     return {"mode": mode, "nodes": words}

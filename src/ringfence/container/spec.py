@@ -152,6 +152,10 @@ class Bundle:
                 compiled += cgroup_mounts(mount, group, links, self.namespaces)
                 continue
             entry = mounts.compile_mount(mount, self.path)
+            target = str(entry["target"])
+            if target.startswith(f"{self.rootfs}/"):
+                # As runc has it: some engines say where it is on the host.
+                entry["target"] = target.removeprefix(self.rootfs)
             if os.path.normpath(mount.text("destination")) == "/dev" and entry.get("flags"):
                 late += _later(entry)
             bound = "filesystem" not in entry

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import tempfile
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -333,3 +334,45 @@ def test_a_filter_that_asks_nobody_is_refused(runtime: Runtime, tmp_path: Path) 
 
     assert "listenerPath is not set" in output
     assert left_behind("asks") == []
+
+
+def test_a_created_container_ends_when_it_is_told_to(runtime: Runtime, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, "sleep", "100")
+    runtime("create", "--bundle", str(bundle), "early")
+    created = runtime.status("early")
+
+    runtime("kill", "early", "TERM")
+    end = time.monotonic() + 10
+    while runtime.status("early") != "stopped":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    runtime("delete", "early")
+
+    assert created == "created"
+
+
+def test_hooks_of_the_container_begin_in_its_root(runtime: Runtime, tmp_path: Path) -> None:
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", "pwd > ./tmp/where; ls > ./tmp/what"]}
+    bundle = make_bundle(
+        tmp_path, "cat", "/tmp/where", "/tmp/what", hooks={"createContainer": [hook]}
+    )
+
+    output = runtime("run", "--bundle", str(bundle), "hooked").split()
+
+    assert output[0] == str(bundle / "rootfs")
+    assert "bin" in output[1:]
+
+
+def test_memory_on_a_directory_has_its_mode(runtime: Runtime, tmp_path: Path) -> None:
+    where = str(tmp_path / "b/rootfs/private")
+    mounts = [{"destination": where, "type": "tmpfs", "source": "tmpfs", "options": ["nodev"]}]
+    bundle = make_bundle(
+        tmp_path / "b", "sh", "-c", "grep private /proc/mounts; stat -c %a /private", mounts=mounts
+    )
+    (bundle / "rootfs/private").mkdir(mode=0o710)
+
+    output = runtime("run", "--bundle", str(bundle), "memory")
+
+    # A destination that names the root on the host is one in it.
+    assert output.startswith("tmpfs /private tmpfs rw,nodev,relatime,mode=710")
+    assert output.endswith("710\n")

@@ -223,6 +223,8 @@ def test_the_device_program_answers_as_the_last_rule_that_fits() -> None:
         ({"mode": "INTERLEAVE", "nodes": "0"}, "invalid memory policy mode"),
         ({"mode": "MPOL_BIND", "nodes": "0", "flags": ["x"]}, "invalid memory policy flag"),
         ({"mode": "MPOL_BIND", "nodes": "0-9876543210"}, "invalid memory policy nodes"),
+        ({"mode": "MPOL_LOCAL", "nodes": "0-7"}, "requires 0 nodes but got 8"),
+        ({"mode": "MPOL_BIND"}, "requires at least one node"),
     ],
 )
 def test_memory_policies_are_refused_in_runcs_words(policy: dict[str, object], words: str) -> None:
