@@ -26,8 +26,12 @@ const MTRR_DEF_TYPE_RESET: u64 = 0x806;
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 /// IA32_MISC_ENABLE: fast strings.
 const MISC_ENABLE: u64 = 1;
+/// AMD's hardware configuration: the time-stamp counter counts at one rate (PPR, Core::X86::Msr::HWCR).
+/// Kernels call anything else a fault of the firmware.
+const AMD_HWCR: u32 = 0xc001_0015;
+const TSC_FREQ_SEL: u64 = 1 << 24;
 /// Reads as zero, ignores writes: what kernels touch without asking CPUID first.
-const IGNORED: [u32; 20] = [
+const IGNORED: [u32; 19] = [
     // Microcode revision, machine-check, platform and debug controls.
     0x17,
     0x8b,
@@ -41,8 +45,7 @@ const IGNORED: [u32; 20] = [
     0x619,
     0x639,
     0x641,
-    // AMD: HWCR, NB_CFG, DE_CFG, LS_CFG, BU_CFG2, IBS, patch level, SYSCFG.
-    0xc001_0015,
+    // AMD: NB_CFG, DE_CFG, LS_CFG, BU_CFG2, IBS, patch level, SYSCFG.
     0xc001_001f,
     0xc001_1029,
     0xc001_1020,
@@ -160,6 +163,7 @@ impl Core {
             number::KVM_WALL_CLOCK_NEW => self.msrs.wall_clock,
             number::KVM_SYSTEM_TIME_NEW => self.msrs.system_time,
             number::KVM_POLL_CONTROL => self.msrs.poll_control,
+            AMD_HWCR => TSC_FREQ_SEL,
             _ if IGNORED.contains(&msr) => 0,
             _ => return Err(Fault::general(0).into()),
         };
@@ -215,6 +219,7 @@ impl Core {
             number::KVM_WALL_CLOCK_NEW => self.write_wall_clock(value)?,
             number::KVM_SYSTEM_TIME_NEW => self.write_system_time(value)?,
             number::KVM_POLL_CONTROL => self.msrs.poll_control = value & 1,
+            AMD_HWCR => {}
             _ if IGNORED.contains(&msr) => {}
             _ => return Err(Fault::general(0).into()),
         }
