@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "packaging/data/scripts/ringfence-oci"
-_READY_S = 20
+# On a busy host; nothing waits so long otherwise.
+_READY_S = 90
 
 
 def need(program: str) -> str:
@@ -42,7 +43,7 @@ def need(program: str) -> str:
     return path
 
 
-def run(*words: str | Path, status: int = 0, timeout_s: float = 40) -> str:
+def run(*words: str | Path, status: int = 0, timeout_s: float = 120) -> str:
     """Runs a program and returns what it wrote; a file, since engines' helpers keep pipes open.
 
     Not where we are: conmon leaves a file ``oom`` in its working directory.

@@ -230,3 +230,13 @@ def test_the_device_program_answers_as_the_last_rule_that_fits() -> None:
 def test_memory_policies_are_refused_in_runcs_words(policy: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         compile_process({}, Fields({}), Fields({"memoryPolicy": policy}))
+
+
+def test_device_rules_leave_out_letters_that_mean_nothing() -> None:
+    entry = {"allow": False, "type": "c", "major": 1, "minor": 11, "access": "rwa"}
+
+    first, *_always = devices.rules(Fields({"devices": [entry]}))
+
+    assert first == (False, "c", 1, 11, "rw")
+    with pytest.raises(ConfigError, match="access 'xyz'"):
+        devices.rules(Fields({"devices": [{**entry, "access": "xyz"}]}))
