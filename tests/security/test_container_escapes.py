@@ -263,6 +263,22 @@ def test_processes_of_the_host_are_not_there(machine: ringfence.Machine) -> None
     assert int(done.stdout) < 10
 
 
+@pytest.mark.parametrize("call", [("101", "16"), ("434",)], ids=["ptrace", "pidfd_open"])
+def test_processes_of_others_cannot_be_looked_into(
+    machine: ringfence.Machine, call: tuple[str, ...]
+) -> None:
+    with ringfence.Machine(engine="container", network="none") as other:
+        other.run(["sh", "-c", "sleep 100 > /dev/null 2>&1 &"])
+        theirs = str(other.inspect()["pid"])
+        # PTRACE_ATTACH is 16; neither the host's nor another container's have a number inside.
+        answers = [
+            machine.run(["/usr/bin/python3", "-c", _PROGRAM, *call, pid, "0", "0", "0", "0"]).stdout
+            for pid in (str(os.getpid()), theirs)
+        ]
+
+    assert answers == ["-1 3\n", "-1 3\n"]
+
+
 _CALLS = {
     "keyctl": (250, 0, -3, 1),
     "add_key": (248, 0, 0, 0),

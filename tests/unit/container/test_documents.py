@@ -16,9 +16,10 @@ from ringfence.container.fields import Fields
 from ringfence.container.mounts import compile_mount, split_options
 from ringfence.container.oci.options import parse
 from ringfence.container.scheduling import compile_process, processors
+from ringfence.container.spec import compile_process as compile_whole
 from ringfence.container.spec import namespace_paths
 from ringfence.container.state import check_id
-from ringfence.errors import ConfigError, FormatError
+from ringfence.errors import ConfigError, FormatError, UnsupportedError
 
 _LEAN = """
 import sys
@@ -240,3 +241,30 @@ def test_device_rules_leave_out_letters_that_mean_nothing() -> None:
     assert first == (False, "c", 1, 11, "rw")
     with pytest.raises(ConfigError, match="access 'xyz'"):
         devices.rules(Fields({"devices": [{**entry, "access": "xyz"}]}))
+
+
+@pytest.mark.parametrize(
+    ("field", "label", "sign", "kind"),
+    [
+        ("apparmorProfile", "box", "/sys/kernel/security/apparmor", "apparmor"),
+        ("selinuxLabel", "system_u:system_r:box_t:s0", "/sys/fs/selinux/status", "selinux"),
+    ],
+)
+def test_labels_are_planned_where_the_host_has_them_and_refused_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, field: str, label: str, sign: str, kind: str
+) -> None:
+    process = Fields({"args": ["x"], "cwd": "/", field: label})
+
+    monkeypatch.setattr("os.path.exists", lambda path: path == sign)
+    plan = compile_whole(process, Fields({}), sets_groups=True)
+    monkeypatch.setattr("os.path.exists", lambda _path: False)
+    with pytest.raises(UnsupportedError, match=label):
+        compile_whole(process, Fields({}), sets_groups=True)
+
+    assert plan[kind] == label
+
+
+def test_a_profile_that_confines_nothing_is_none() -> None:
+    process = Fields({"args": ["x"], "cwd": "/", "apparmorProfile": "unconfined"})
+
+    assert "apparmor" not in compile_whole(process, Fields({}), sets_groups=True)
