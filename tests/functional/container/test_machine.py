@@ -14,7 +14,8 @@ import pytest
 
 import ringfence
 from ringfence import _paths
-from ringfence.errors import GuestTimeout, UnsupportedError
+from ringfence.container import host_tree
+from ringfence.errors import GuestTimeout, HostError, UnsupportedError
 from ringfence.machine import state
 from tests.framework.bundles import left_behind, make_root, namespaces_held
 
@@ -186,3 +187,45 @@ def test_what_a_killed_holder_leaves_goes_when_somebody_looks(how: str, listed: 
     assert len(before) > 2  # Frozen, its processes wait with its groups.
     assert found == listed
     assert left_behind(name) == []
+
+
+def children() -> list[int]:
+    return [
+        int(name)
+        for task in Path("/proc/self/task").iterdir()
+        for name in (task / "children").read_text().split()
+    ]
+
+
+def test_a_start_that_fails_while_it_is_planned_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_words: object, **_named: object) -> dict[str, object]:
+        message = "no such layer"
+        raise HostError(message)
+
+    monkeypatch.setattr(host_tree, "root_plan", refuse)
+    before = children()
+    machine = ringfence.Machine(engine="container", name="half-made")
+
+    with pytest.raises(HostError, match="no such layer"):
+        machine.start()
+
+    # The setup program runs by then, and waits for its plan.
+    assert children() == before
+    assert state.list_machines() == []
+
+
+def test_a_start_that_fails_while_it_is_set_up_leaves_nothing(tmp_path: Path) -> None:
+    root = make_root(tmp_path / "root")
+    (root / "proc").rmdir()
+    (root / "proc").write_text("no directory")
+    before = children()
+    machine = ringfence.Machine(engine="container", root=root)
+
+    with pytest.raises(HostError, match="proc"):
+        machine.start()
+
+    assert children() == before
+    assert state.list_machines() == []
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
