@@ -7,7 +7,19 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import boot, bt, commands, containers, images, network, results, roots, tap, vm
+from benchmarks import (
+    boot,
+    bt,
+    commands,
+    containers,
+    images,
+    network,
+    relay,
+    results,
+    roots,
+    tap,
+    vm,
+)
 
 SUITES = ("boot", "commands", "vm", "images", "network", "containers", "roots", "bt")
 
@@ -44,6 +56,7 @@ def main() -> int:
             suites += bt.run(rounds, whole=not options.quick, log=sys.stderr.write)
         if name == "network":
             suites += network.run(rounds, log=sys.stderr.write)
+            suites += relay.run(rounds, log=sys.stderr.write)
             suites += tap.run(rounds, log=sys.stderr.write)
         if name == "containers":
             suites += containers.run(rounds, log=sys.stderr.write)

@@ -33,7 +33,7 @@ SHORT = 2000
 AT_ONCE = 1000
 # The host keeps a port for a minute after a connection, for each destination: with few of them, the
 # systems that come later pay for those before.
-_HOSTS = [f"198.51.100.{number}" for number in range(10, 74)]
+HOSTS = [f"198.51.100.{number}" for number in range(10, 74)]
 _TUN = Path("/dev/net/tun")
 _USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 _MTU = "65520"
@@ -131,6 +131,11 @@ def _pasta(guest: Namespace) -> AbstractContextManager[None]:
     return _program(guest, [*argv, str(guest.pid)])
 
 
+def programs() -> dict[str, str]:
+    """What connects, by the work that it is."""
+    return {WORKS[2]: _CONNECT, WORKS[3]: _AT_ONCE}
+
+
 def run(rounds: int, *, log: Log) -> list[Suite]:
     """Measures.
 
@@ -153,7 +158,7 @@ def run(rounds: int, *, log: Log) -> list[Suite]:
         os.environ["RINGFENCE_HOME"] = stack.enter_context(tempfile.TemporaryDirectory())
         stack.callback(os.environ.pop, "RINGFENCE_HOME", None)
         peer = stack.enter_context(Peer())
-        for address in _HOSTS:
+        for address in HOSTS:
             peer.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
         server = peer.spawn("iperf3", "-s")
         stack.callback(server.communicate)
@@ -176,8 +181,8 @@ def _measure(suite: Suite, guest: Namespace, peer: Peer, system: str) -> None:
             continue
         bits = float(done["end"]["sum_received"]["bits_per_second"])
         suite.add(work, system, bits / 1e9, "Gbit/s")
-    for work, source, count in ((WORKS[2], _CONNECT, SHORT), (WORKS[3], _AT_ONCE, AT_ONCE)):
-        done = guest.run(sys.executable, "-IS", "-c", source, str(count), *_HOSTS)
+    for (work, source), count in zip(programs().items(), (SHORT, AT_ONCE), strict=True):
+        done = guest.run(sys.executable, "-IS", "-c", source, str(count), *HOSTS)
         if done.returncode == 0:
             suite.add(work, system, float(done.stdout), "1/s")
         else:
