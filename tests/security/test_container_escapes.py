@@ -18,7 +18,8 @@ import pytest
 
 import ringfence
 from ringfence.container import init_program
-from tests.framework.bundles import Runtime, busybox, make_bundle
+from ringfence.machine import state
+from tests.framework.bundles import Runtime, busybox, left_behind, make_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -360,23 +361,28 @@ def test_links_in_a_volume_lead_nowhere_on_the_host(
     assert done.stdout == ""
 
 
-def test_a_container_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
+def test_a_container_ends_with_the_process_that_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RINGFENCE_HOME", str(tmp_path / "home"))
     script = (
         "import os, sys, ringfence\n"
         "machine = ringfence.Machine(engine='container').start()\n"
-        "print(machine._running.info.pid, flush=True)\n"
+        "print(machine._running.info.pid, machine.id, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    environment = {**os.environ, "RINGFENCE_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    pid = int(done.stdout)
+    number, name = done.stdout.split()
+    pid = int(number)
     end = time.monotonic() + 5
     while time.monotonic() < end and "ringfence" in _command(pid):
         time.sleep(0.02)
 
     assert "ringfence" not in _command(pid)
+    assert state.list_machines() == []
+    assert left_behind(name) == []
 
 
 def _command(pid: int) -> str:
