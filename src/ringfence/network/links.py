@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ringfence.errors import HostError, NotFoundError, UnsupportedError
-from ringfence.network.addresses import check_free
+from ringfence.network.addresses import check_free, derive_mac
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -121,7 +121,10 @@ def ensure_bridge(name: str, addresses: Sequence[str], mtu: int) -> None:
             return
         for text in addresses:
             check_free(ipaddress.ip_interface(text).network)
-        route.link("add", ifname=name, kind="bridge", mtu=mtu)
+        # Left to itself a bridge takes its ports' addresses as they come and go, and machines
+        # that know it by another speak to nobody.
+        own = derive_mac(name, "bridge")
+        route.link("add", ifname=name, kind="bridge", mtu=mtu, address=own)
         index = _index(route, name)
         try:
             # No waiting until a port forwards: there are no loops.

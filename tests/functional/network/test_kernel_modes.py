@@ -245,6 +245,23 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(monkeypatch: pytest.Monkey
     assert (_links(), _tables(), Store().names()) == (links, tables, [])
 
 
+def test_a_bridge_keeps_its_address_when_machines_come_and_go(make_guest: MakeGuest) -> None:
+    one = make_guest("nat", name="one", dns=())
+    first = one.attachment.interface.gateways[0]
+
+    def known() -> str:
+        assert pings(one, first)
+        return one.run("ip", "neigh", "show", first).stdout.split()[4]
+
+    before = known()
+    # Each link's own is chosen by chance: one of these would be taken.
+    for number in range(8):
+        make_guest("nat", name=f"more{number}", dns=())
+        assert pings(one, first)
+    one.run("ip", "neigh", "flush", "all")
+    assert known() == before
+
+
 @pytest.mark.usefixtures("peer")
 def test_a_link_that_goes_while_it_is_removed_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "_index", lambda *_: 1 << 30)
