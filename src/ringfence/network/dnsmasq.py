@@ -6,10 +6,13 @@ Source: ``dnsmasq(8)``.
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import shutil
 import signal
+import socket
 import subprocess
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["CHILDREN", "HOST_NAME", "Serving", "apply", "end", "program", "running", "stop"]
 
 # By which machines find this host, in user-space networks too.
-HOST_NAME = "host.ringfence.internal"
+_DOMAIN = "ringfence.internal"
+HOST_NAME = f"host.{_DOMAIN}"
 _NO_NAMES = "--port=0"
 _TIMEOUT_S = 20.0
+_READ_S = 1.0
 
 # Servers that outlive the machine that started them; kept here to be reaped.
 CHILDREN: list[subprocess.Popen[bytes]] = []
@@ -91,23 +96,27 @@ def apply(serving: Serving, spec: NetworkSpec, members: Sequence[Member]) -> Non
     leases = folder / "dhcp-hosts"
     known = [f"{ip} {name}\n" for name, own in serving.known.items() for ip in own]
     known += [f"{ip} {HOST_NAME}\n" for ip in serving.first]
-    hosts.write_text("".join(known))
+    v4 = next(address for address in serving.first if ":" not in address)
+    mark = f"{secrets.token_hex(8)}.{_DOMAIN}"
+    hosts.write_text("".join([*known, f"{v4} {mark}\n"]))
     leases.write_text(
         "".join(f"{one.mac},{ip}\n" for one in members for ip in one.addresses if ":" not in ip)
     )
     pid = running(folder, "dnsmasq.pid")
     if pid is not None and _serves_names(pid) == serving.names:
         os.kill(pid, signal.SIGHUP)
+        if serving.names:
+            _wait_until_read(v4, mark)
         return
     if pid is not None:
         end(pid)
-    v4 = next(address for address in serving.first if ":" not in address)
     words = [
         program(), "--conf-file=/dev/null", "--no-hosts", "--bind-dynamic", "--except-interface=lo",
         f"--interface={serving.bridge}", f"--pid-file={folder / 'dnsmasq.pid'}",
         f"--addn-hosts={hosts}", f"--dhcp-hostsfile={leases}", "--dhcp-leasefile=/dev/null",
         "--leasefile-ro", f"--dhcp-range={v4},static,infinite", "--dhcp-authoritative",
         f"--dhcp-option=option:mtu,{spec.mtu}", "--user=root", "--stop-dns-rebind", "--no-poll",
+        f"--local=/{_DOMAIN}/",
     ]  # fmt: skip
     if not serving.names:
         words += [_NO_NAMES, f"--dhcp-option=option:dns-server,{v4}"]
@@ -117,6 +126,26 @@ def apply(serving: Serving, spec: NetworkSpec, members: Sequence[Member]) -> Non
     if done.returncode != 0:
         message = f"cannot start dnsmasq: {done.stderr.strip()}"
         raise HostError(message)
+
+
+def _wait_until_read(server: str, name: str) -> None:
+    """Waits until it knows a name: it reads its files a moment after it's told to.
+
+    What a machine asks before that is asked of the host's name servers, and so are the repetitions
+    of its question: where they don't answer, it would hear nothing for as long as it asks.
+    """
+    labels = b"".join(bytes([len(one)]) + one.encode() for one in name.split("."))
+    query = b"rf\1\0\0\1\0\0\0\0\0\0" + labels + b"\0\0\1\0\1"
+    deadline = time.monotonic() + _READ_S
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.settimeout(0.05)
+        while time.monotonic() < deadline:
+            with suppress(OSError):
+                asking.sendto(query, (server, 53))
+                # The count of answers.
+                if asking.recv(512)[6:8] == b"\0\1":
+                    return
+            time.sleep(0.001)
 
 
 def _serves_names(pid: int) -> bool:
