@@ -58,6 +58,67 @@ pub(crate) struct Site {
     pub end: u32,
 }
 
+/// A site as it is kept: there are some hundred thousand.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KeptSite {
+    /// The block's number.
+    pub block: u32,
+    kind: SiteKind,
+    range: Option<SiteRange>,
+    transient: Option<u8>,
+    flags_parked: bool,
+    held: [Option<(u8, u8)>; MAX_BORROWED],
+    held_at_start: u8,
+    guest: u16,
+    start: u32,
+    end: u32,
+}
+
+/// Slots and counts of borrowed registers are less than ten.
+fn small(number: usize) -> u8 {
+    u8::try_from(number).unwrap_or(u8::MAX)
+}
+
+impl KeptSite {
+    pub(crate) fn new(block: u32, site: &Site) -> Self {
+        Self {
+            block,
+            kind: site.kind,
+            range: site.range,
+            transient: site.transient,
+            flags_parked: site.flags_parked,
+            held: site
+                .held
+                .map(|held| held.map(|(register, slot)| (register, small(slot)))),
+            held_at_start: small(site.held_at_start),
+            guest: site.guest,
+            start: site.start,
+            end: site.end,
+        }
+    }
+
+    pub(crate) fn site(&self) -> Site {
+        Site {
+            kind: self.kind,
+            range: self.range,
+            transient: self.transient,
+            flags_parked: self.flags_parked,
+            held: self
+                .held
+                .map(|held| held.map(|(register, slot)| (register, slot.into()))),
+            held_at_start: self.held_at_start.into(),
+            guest: self.guest,
+            start: self.start,
+            end: self.end,
+        }
+    }
+
+    /// Whether byte `inside` of the block is the site's.
+    pub(crate) fn covers(&self, inside: u32) -> bool {
+        (self.start..self.end).contains(&inside)
+    }
+}
+
 /// What a group's probe covers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SiteRange {
@@ -174,5 +235,15 @@ mod tests {
         assert_eq!(parts(0, 4096), u64::MAX);
         assert_eq!(parts(4095, 1), 1 << 63);
         assert_eq!(parts(4032, 200), 1 << 63);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kept_sites_are_small() {
+        assert!(size_of::<KeptSite>() <= 40, "{}", size_of::<KeptSite>());
     }
 }
