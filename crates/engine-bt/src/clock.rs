@@ -69,6 +69,12 @@ pub(crate) fn tsc_khz() -> u64 {
     })
 }
 
+/// Learns how fast the host's counter counts while the files that say so are within reach: a process
+/// that has given them up would have to measure it, which takes ten milliseconds.
+pub fn learn_frequency() {
+    tsc_khz();
+}
+
 /// A hypervisor's leaf, or the crystal's ratio (SDM 2A, CPUID leaf 15H).
 fn from_cpuid() -> Option<u64> {
     if cpuid(1, 0).ecx >> 31 != 0 && cpuid(0x4000_0000, 0).eax >= 0x4000_0010 {

@@ -55,6 +55,7 @@ mod vm;
 mod walk;
 mod window;
 
+pub use clock::learn_frequency;
 pub use listing::Listing;
 pub use listing::list_translation;
 pub use vm::BtEngine;

@@ -2,15 +2,13 @@
 //!
 //! A kernel's load is the longest part of a machine's start, and what it costs is the host's
 //! allocation of some seven thousand pages. A write into the memfd allocates them without a page
-//! fault each, but holds the file's lock; so one thread writes into the file while another goes
-//! through its mapping, each taking chunks until none is left. Pages of zeros are left alone, since
-//! fresh RAM is zero already. The page trackers don't see what goes through the file: a load
+//! fault each. (A second thread that stores through the mapping at the same time was tried: it
+//! makes the whole slower wherever the other processor isn't idle.) Pages of zeros are left alone,
+//! since fresh RAM is zero already. The page trackers don't see what goes through the file: a load
 //! happens before anyone could have derived something from the pages.
 
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering;
 
 use ringfence_memory::Bytes;
 use ringfence_memory::GuestAddress;
@@ -23,18 +21,6 @@ use crate::source::Source;
 const CHUNK_BYTES: usize = 256 << 10;
 /// What is checked for zeros: the smallest page.
 const PAGE_BYTES: usize = 4096;
-
-/// Chunks for which a second thread pays.
-const WORTH_A_THREAD: usize = 16;
-
-/// How bytes get into guest memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    /// By writing into the memfd.
-    File,
-    /// By storing into its mapping.
-    Mapping,
-}
 
 /// A run of bytes to place.
 #[derive(Clone, Copy, Debug)]
@@ -65,53 +51,25 @@ impl Run {
 /// Copies runs. The caller has checked that all of them are low RAM (below the MMIO hole), where
 /// guest addresses are offsets in the memfd.
 pub(crate) fn into_low_ram(ram: &GuestRam, source: &Source, runs: &[Run]) -> Result<(), LoadError> {
-    let chunks: Vec<Run> = runs.iter().flat_map(|run| run.chunks()).collect();
-    let next = AtomicUsize::new(0);
-    let work = |way: Way| -> Result<(), LoadError> {
-        let mut buffer = vec![0; CHUNK_BYTES];
-        while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            copy(ram, source, chunk, &mut buffer, way)?;
-        }
-        Ok(())
-    };
-    if chunks.len() < WORTH_A_THREAD {
-        return work(Way::File);
+    let mut buffer = vec![0; CHUNK_BYTES];
+    for chunk in runs.iter().flat_map(|run| run.chunks()) {
+        copy(ram, source, &chunk, &mut buffer)?;
     }
-    std::thread::scope(|scope| {
-        // Without a second thread the first does everything.
-        let second = std::thread::Builder::new()
-            .name("load".to_owned())
-            .spawn_scoped(scope, || work(Way::Mapping));
-        let result = work(Way::File);
-        if let Ok(second) = second {
-            match second.join() {
-                Ok(other) => other?,
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        result
-    })
+    Ok(())
 }
 
-fn copy(
-    ram: &GuestRam,
-    source: &Source,
-    chunk: &Run,
-    buffer: &mut [u8],
-    way: Way,
-) -> Result<(), LoadError> {
+fn copy(ram: &GuestRam, source: &Source, chunk: &Run, buffer: &mut [u8]) -> Result<(), LoadError> {
     let len = usize::try_from(chunk.len).unwrap_or(usize::MAX);
     let bytes = &mut buffer[..len.min(CHUNK_BYTES)];
     let what = chunk.what;
     source
         .read_at(bytes, chunk.file_offset)
         .map_err(|source| LoadError::Read { what, source })?;
-    write_nonzero(ram, bytes, chunk.guest_start, way)
-        .map_err(|source| LoadError::Write { what, source })
+    write_nonzero(ram, bytes, chunk.guest_start).map_err(|source| LoadError::Write { what, source })
 }
 
 /// Writes the runs of pages that hold anything.
-fn write_nonzero(ram: &GuestRam, chunk: &[u8], start: u64, way: Way) -> io::Result<()> {
+fn write_nonzero(ram: &GuestRam, chunk: &[u8], start: u64) -> io::Result<()> {
     let pages: Vec<(bool, &[u8])> = chunk
         .chunks(PAGE_BYTES)
         .map(|page| (is_zero(page), page))
@@ -120,24 +78,22 @@ fn write_nonzero(ram: &GuestRam, chunk: &[u8], start: u64, way: Way) -> io::Resu
     for run in pages.chunk_by(|(a, _), (b, _)| a == b) {
         let len = run.iter().map(|(_, page)| page.len()).sum::<usize>();
         if let Some((false, _)) = run.first() {
-            write(ram, &chunk[at..at + len], start + at as u64, way)?;
+            write(ram, &chunk[at..at + len], start + at as u64)?;
         }
         at += len;
     }
     Ok(())
 }
 
-fn write(ram: &GuestRam, bytes: &[u8], start: u64, way: Way) -> io::Result<()> {
-    if way == Way::File {
-        match ram.file().write_all_at(bytes, start) {
-            // Memory files of reserved huge pages can be mapped but not written.
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
-            done => return done,
-        }
+fn write(ram: &GuestRam, bytes: &[u8], start: u64) -> io::Result<()> {
+    match ram.file().write_all_at(bytes, start) {
+        // Memory files of reserved huge pages can be mapped but not written.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => ram
+            .memory()
+            .write_slice(bytes, GuestAddress(start))
+            .map_err(io::Error::other),
+        done => done,
     }
-    ram.memory()
-        .write_slice(bytes, GuestAddress(start))
-        .map_err(io::Error::other)
 }
 
 /// Whole words at a time: the early exit of a bytewise search keeps it from being vectorised.

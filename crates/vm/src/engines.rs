@@ -23,6 +23,8 @@ pub(crate) struct EngineContext {
 struct Entry {
     name: &'static str,
     device: Option<&'static str>,
+    /// What it asks the host while the host's files are within reach.
+    learn: fn(),
     open: fn(EngineContext) -> Result<Box<dyn Engine>, EngineError>,
 }
 
@@ -31,6 +33,7 @@ const ENGINES: &[Entry] = &[
     Entry {
         name: "bt",
         device: None,
+        learn: ringfence_engine_bt::learn_frequency,
         open: |_| {
             let engine = ringfence_engine_bt::BtEngine::new()?;
             Ok(Box::new(engine.with_direct(direct())))
@@ -40,6 +43,7 @@ const ENGINES: &[Entry] = &[
     Entry {
         name: "kvm",
         device: Some("/dev/kvm"),
+        learn: || {},
         open: |context| match context.device {
             Some(device) => Ok(Box::new(ringfence_engine_kvm::KvmEngine::from_fd(device)?)),
             None => Err(EngineError::Config("it needs /dev/kvm".to_owned())),
@@ -49,6 +53,7 @@ const ENGINES: &[Entry] = &[
     Entry {
         name: "idle",
         device: None,
+        learn: || {},
         open: |_| Ok(Box::new(ringfence_machine::testing::ScriptEngine::idle())),
     },
 ];
@@ -74,9 +79,12 @@ fn find(name: &str) -> Result<&'static Entry, VmError> {
         })
 }
 
-/// The device that the engine of this name needs by path.
+/// The device that the engine of this name needs by path. The engine learns what it has to of the
+/// host, too.
 pub(crate) fn device_path(name: &str) -> Result<Option<&'static str>, VmError> {
-    Ok(find(name)?.device)
+    let entry = find(name)?;
+    (entry.learn)();
+    Ok(entry.device)
 }
 
 /// Opens the engine of this name.
