@@ -236,11 +236,6 @@ mod tests {
         assert_eq!(parts(4095, 1), 1 << 63);
         assert_eq!(parts(4032, 200), 1 << 63);
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
 
     #[test]
     fn kept_sites_are_small() {
