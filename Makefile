@@ -53,6 +53,7 @@ fuzz: $(VENV)/.tools ## Fuzz every surface for a bounded time
 	$(RUN) tools/fuzz.py
 
 soak: build ## Run the long tests
+	$(PYTHON) tools/host_packages.py build test soak
 	$(RUN) -m pytest tests/soak
 
 wheel: dist/.made ## Build the wheel that carries the binaries, into dist/

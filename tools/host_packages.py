@@ -77,6 +77,13 @@ GROUPS: dict[str, tuple[Need, ...]] = {
         Need(package="buildah", program="buildah", why="images with zstd layers"),
         Need(package="busybox-static", program="busybox", why="the base image of builds"),
     ),
+    "soak": (
+        Need(
+            package="libpython3.11-testsuite",
+            path="/usr/lib/python3.11/test/test_int.py",
+            why="CPython's own tests",
+        ),
+    ),
     "bench": (
         Need(package="iperf3", program="iperf3", why="throughput of networks"),
         Need(package="slirp4netns", program="slirp4netns", why="the peer in networks"),

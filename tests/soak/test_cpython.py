@@ -31,7 +31,7 @@ def _results(output: str) -> dict[str, str]:
 def test_cpythons_tests_give_what_they_give_on_the_host(vcpus: int) -> None:
     probe = ["/usr/bin/python3", "-c", "import test.test_int"]
     if subprocess.run(probe, capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs CPython's tests: apt-get install libpython3-testsuite")
+        pytest.skip("needs CPython's tests: python3 tools/host_packages.py soak")
     host = subprocess.run(
         COMMAND, cwd="/tmp", capture_output=True, text=True, check=False, timeout=TIMEOUT_S
     )
