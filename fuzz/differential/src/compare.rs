@@ -12,6 +12,8 @@ use crate::state::XSTATE_BV;
 
 /// The exception that a case's last instruction, `int3`, raises.
 pub const END: u64 = 3;
+/// First address that no program of the host's has.
+const TASK_END: u64 = 0x7fff_ffff_f000;
 const PAGE_FAULT: u64 = 14;
 /// CF PF AF ZF SF OF.
 const ARITHMETIC: u64 = 0x8d5;
@@ -55,8 +57,9 @@ pub fn differences(native: &State, guest: &State, last: Option<&Instruction>) ->
     compare("FS base", native.fs_base, guest.fs_base);
     compare("GS base", native.gs_base, guest.gs_base);
     if native.trap == guest.trap && has_error(native.trap) {
-        // What the kernel's half maps for itself is the host's business.
-        let present = u64::from(native.trap == PAGE_FAULT && native.cr2 >> 47 != 0);
+        // What the kernel's half maps for itself is the host's business, and so is the last page
+        // below it, which no program may have.
+        let present = u64::from(native.trap == PAGE_FAULT && native.cr2 >= TASK_END);
         compare(
             "error code",
             native.error & !present,
