@@ -111,16 +111,16 @@ impl Patches {
     /// Makes the copy, and returns where in the file it is; nothing when the page was written
     /// since [`Self::begin`].
     pub(crate) fn finish(&self, gpa: u64, ticket: Ticket, page: &[u8]) -> Option<u64> {
-        let offset = ticket.slot * SLOT_BYTES;
         assert!(page.len() <= PAGE_BYTES);
-        // SAFETY: a slot of the view, which is nobody else's until its ticket is given up.
-        unsafe {
-            crate::ram::copy_raw(page.as_ptr() as u64, self.view.start() + offset, page.len());
-        }
         let mut inner = self.lock();
         let copy = inner.copies.get_mut(&gpa)?;
         if copy.ticket != ticket {
             return None;
+        }
+        let offset = ticket.slot * SLOT_BYTES;
+        // SAFETY: a slot of the view. Under the lock its ticket holds, so that it is nobody else's.
+        unsafe {
+            crate::ram::copy_raw(page.as_ptr() as u64, self.view.start() + offset, page.len());
         }
         copy.ready = true;
         Some(offset)
@@ -164,7 +164,15 @@ mod tests {
         assert!(patches.begin(0x5000).is_none());
         assert!(patches.forget(0x5000));
         let second = patches.begin(0x5000).expect("room");
+        let first = || {
+            let mut byte = [0xee];
+            let slot = patches.view.start() + ticket.slot * SLOT_BYTES;
+            // SAFETY: a byte of the view.
+            unsafe { crate::ram::read_raw(slot, &mut byte) };
+            byte[0]
+        };
         assert_eq!(patches.finish(0x5000, ticket, &[1; 4096]), None);
+        assert_eq!(first(), 0, "a slot that was given up may be another's");
         let offset = patches.finish(0x5000, second, &[2; 4096]);
         assert!(offset.is_some());
         assert_eq!(patches.offset(0x5000), offset);
