@@ -36,7 +36,8 @@ pub(crate) enum SiteKind {
     Jump,
 }
 
-/// A guest instruction that may call the monitor, and its host code.
+/// A guest instruction that may call the monitor, and its host code. Some hundred thousand are kept,
+/// so its numbers are as small as they can be.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Site {
     pub kind: SiteKind,
@@ -47,76 +48,15 @@ pub(crate) struct Site {
     /// The flags wait in RAX during the probe.
     pub flags_parked: bool,
     /// Registers that groups have borrowed, and their slots, in the order of borrowing.
-    pub held: [Option<(u8, usize)>; MAX_BORROWED],
+    pub held: [Option<(u8, u8)>; MAX_BORROWED],
     /// How many of them are borrowed before the probe; the rest only behind it.
-    pub held_at_start: usize,
+    pub held_at_start: u8,
     /// Offset of the instruction in its guest page.
     pub guest: u16,
     /// First byte of host code, relative to the block; where a retry starts.
     pub start: u32,
     /// One past its last byte.
     pub end: u32,
-}
-
-/// A site as it is kept: there are some hundred thousand.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct KeptSite {
-    /// The block's number.
-    pub block: u32,
-    kind: SiteKind,
-    range: Option<SiteRange>,
-    transient: Option<u8>,
-    flags_parked: bool,
-    held: [Option<(u8, u8)>; MAX_BORROWED],
-    held_at_start: u8,
-    guest: u16,
-    start: u32,
-    end: u32,
-}
-
-/// Slots and counts of borrowed registers are less than ten.
-fn small(number: usize) -> u8 {
-    u8::try_from(number).unwrap_or(u8::MAX)
-}
-
-impl KeptSite {
-    pub(crate) fn new(block: u32, site: &Site) -> Self {
-        Self {
-            block,
-            kind: site.kind,
-            range: site.range,
-            transient: site.transient,
-            flags_parked: site.flags_parked,
-            held: site
-                .held
-                .map(|held| held.map(|(register, slot)| (register, small(slot)))),
-            held_at_start: small(site.held_at_start),
-            guest: site.guest,
-            start: site.start,
-            end: site.end,
-        }
-    }
-
-    pub(crate) fn site(&self) -> Site {
-        Site {
-            kind: self.kind,
-            range: self.range,
-            transient: self.transient,
-            flags_parked: self.flags_parked,
-            held: self
-                .held
-                .map(|held| held.map(|(register, slot)| (register, slot.into()))),
-            held_at_start: self.held_at_start.into(),
-            guest: self.guest,
-            start: self.start,
-            end: self.end,
-        }
-    }
-
-    /// Whether byte `inside` of the block is the site's.
-    pub(crate) fn covers(&self, inside: u32) -> bool {
-        (self.start..self.end).contains(&inside)
-    }
 }
 
 /// What a group's probe covers.
@@ -174,6 +114,11 @@ pub(crate) struct Block {
     pub cold: u32,
     pub cold_len: u32,
     pub first_site: u32,
+}
+
+/// A slot or count of borrowed registers, which are less than ten, as a [`Site`] has it.
+pub(crate) fn small(number: usize) -> u8 {
+    u8::try_from(number).unwrap_or(u8::MAX)
 }
 
 impl Block {
@@ -238,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn kept_sites_are_small() {
-        assert!(size_of::<KeptSite>() <= 40, "{}", size_of::<KeptSite>());
+    fn sites_are_small() {
+        assert!(size_of::<Site>() <= 36, "{}", size_of::<Site>());
     }
 }

@@ -33,7 +33,6 @@ use std::sync::atomic::Ordering;
 
 use crate::block::BODY_ENTRY;
 use crate::block::Block;
-use crate::block::KeptSite;
 use crate::block::Link;
 use crate::block::NewBlock;
 use crate::block::POLL_ENTRY;
@@ -86,7 +85,7 @@ struct Inner {
     /// often stays close together.
     cold: u32,
     blocks: Vec<Block>,
-    sites: Vec<KeptSite>,
+    sites: Vec<(u32, Site)>,
     links: Vec<InstalledLink>,
     pages: HashMap<PageKey, Page>,
     modes: HashMap<u64, Vec<Mode>>,
@@ -332,7 +331,7 @@ impl CodeCache {
         inner.take(block);
         inner
             .sites
-            .extend(new.sites.iter().map(|site| KeptSite::new(number, site)));
+            .extend(new.sites.iter().map(|&site| (number, site)));
         inner
             .links
             .extend(new.links.iter().map(|&link| InstalledLink {
@@ -435,8 +434,8 @@ impl CodeCache {
     /// Site `number`, with its block.
     pub(crate) fn site(&self, number: u32) -> Option<(Block, Site)> {
         let inner = self.lock();
-        let kept = inner.sites.get(number as usize)?;
-        Some((inner.blocks[kept.block as usize], kept.site()))
+        let &(block, site) = inner.sites.get(number as usize)?;
+        Some((inner.blocks[block as usize], site))
     }
 
     /// The block that holds host address `pc`, and the site whose code does.
@@ -458,8 +457,8 @@ impl CodeCache {
             .map_or(inner.sites.len(), |next| next.first_site as usize);
         let site = inner.sites[block.first_site as usize..end]
             .iter()
-            .find(|site| site.covers(inside))
-            .map(KeptSite::site);
+            .map(|&(_, site)| site)
+            .find(|site| (site.start..site.end).contains(&inside));
         Some((block, site))
     }
 

@@ -123,7 +123,7 @@ impl Core {
             if let Some((register, slot)) = held {
                 let register = usize::from(register);
                 *pointer = self.gpr(register);
-                let value = self.hot().spill[BORROWED_SLOT + slot];
+                let value = self.hot().spill[BORROWED_SLOT + usize::from(slot)];
                 self.set_gpr(register, value);
             }
         }
@@ -132,7 +132,11 @@ impl Core {
 
     /// Undoes [`Self::take_back`], to go on in the block.
     fn lend(&mut self, site: &Site, pointers: &[u64; MAX_BORROWED]) {
-        for (&pointer, held) in pointers.iter().zip(site.held).take(site.held_at_start) {
+        for (&pointer, held) in pointers
+            .iter()
+            .zip(site.held)
+            .take(site.held_at_start.into())
+        {
             if let Some((register, _)) = held {
                 self.set_gpr(usize::from(register), pointer);
             }
@@ -147,7 +151,7 @@ impl Core {
         let SiteKind::Memory { bytes, write } = site.kind else {
             return Err(bug(format!("site at {:#x} is not a memory site", self.rip)));
         };
-        let pointers = self.take_back(&site, site.held_at_start);
+        let pointers = self.take_back(&site, site.held_at_start.into());
         let delta = site.range.map_or(0, |range| u64::from(range.delta));
         let address = self.hot().t0.wrapping_add(delta);
         if self.is_64bit() && !is_canonical(address) {
@@ -196,7 +200,7 @@ impl Core {
         if site.flags_parked {
             self.unpark_flags();
         }
-        self.take_back(&site, site.held_at_start);
+        self.take_back(&site, site.held_at_start.into());
         self.set_rip_in_page(site.guest);
         self.step()?;
         self.go_on()
@@ -213,7 +217,7 @@ impl Core {
 
     fn on_step(&mut self) -> Result<u64, Stop> {
         let (_, site) = self.site_argument()?;
-        self.take_back(&site, site.held_at_start);
+        self.take_back(&site, site.held_at_start.into());
         self.set_rip_in_page(site.guest);
         self.step()?;
         self.go_on()

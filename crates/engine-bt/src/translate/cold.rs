@@ -151,10 +151,10 @@ impl Emitter<'_> {
                 from: Vec::new(),
                 offset,
                 flags_parked,
-                held: self.sites[site].held[..self.sites[site].held_at_start]
+                held: self.sites[site].held[..self.sites[site].held_at_start.into()]
                     .iter()
                     .flatten()
-                    .map(|&(register, slot)| (Reg(register), slot))
+                    .map(|&(register, slot)| (Reg(register), slot.into()))
                     .collect(),
             }),
         }

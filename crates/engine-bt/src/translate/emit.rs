@@ -10,6 +10,7 @@ use crate::block::NewBlock;
 use crate::block::POLL_ENTRY;
 use crate::block::Site;
 use crate::block::SiteKind;
+use crate::block::small;
 use crate::hot::Gate;
 use crate::hot::hot;
 use crate::translate::Class;
@@ -204,13 +205,13 @@ impl<'a> Emitter<'a> {
             transient: None,
             flags_parked: false,
             held: [None; crate::translate::plan::MAX_BORROWED],
-            held_at_start: self.held.len(),
+            held_at_start: small(self.held.len()),
             guest: offset,
             start,
             end: start,
         };
         for (place, &(register, slot)) in site.held.iter_mut().zip(&self.held) {
-            *place = Some((register.0, slot));
+            *place = Some((register.0, small(slot)));
         }
         self.sites.push(site);
         self.sites.len() - 1

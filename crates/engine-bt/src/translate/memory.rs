@@ -22,6 +22,7 @@ use iced_x86::Register;
 
 use crate::block::SiteKind;
 use crate::block::SiteRange;
+use crate::block::small;
 use crate::hot::hot;
 use crate::step::has_high_byte;
 use crate::translate::asm::Mem;
@@ -165,7 +166,7 @@ impl Emitter<'_> {
                 plan.pointer,
             );
             if let Some(place) = self.sites[site].held.iter_mut().find(|held| held.is_none()) {
-                *place = Some((plan.pointer.0, plan.slot));
+                *place = Some((plan.pointer.0, small(plan.slot)));
             }
             self.held.push((plan.pointer, plan.slot));
         }
