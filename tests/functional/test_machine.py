@@ -6,6 +6,8 @@ import hashlib
 import os
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,7 +29,6 @@ from tests.functional.disks import make_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from ringfence.machine.options import MachineOptions
     from ringfence.machine.spec import EngineName
@@ -215,6 +216,49 @@ def test_a_killed_vm_process_is_noticed_and_leaves_nothing(engine: EngineName) -
         with pytest.raises(RingfenceError):
             machine.run(["true"])
     assert record.id not in [entry.record.id for entry in state.list_machines()]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_hot_user_code_runs_directly_unless_it_must_not(
+    direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RINGFENCE_BT_DIRECT", "1" if direct else "0")
+    with Machine(engine="bt") as machine:
+        loop = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; echo $i"
+        assert machine.run(["sh", "-c", loop]).stdout == "300000\n"
+        counters = machine.stats(engine_counters=True)["engine"]
+        assert isinstance(counters, dict)
+        assert (counters["direct_visits"] > 0) == direct
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below one that still run."""
+    found = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def test_the_processes_of_direct_execution_end_with_a_killed_vm_process() -> None:
+    with Machine(engine="bt") as machine:
+        loop = ["sh", "-c", "while :; do :; done"]
+        with machine.popen(loop) as process:
+            # The VM process within its namespaces, what makes spaces, and one space's two.
+            assert eventually(lambda: len(descendants(machine.entry.record.vm_pid)) >= 4)
+            below = descendants(machine.entry.record.vm_pid)
+            os.kill(machine.entry.record.vm_pid, signal.SIGKILL)
+            with pytest.raises(GuestCrash, match="ended"):
+                process.wait(30)
+        assert eventually(lambda: not any(is_running(pid) for pid in below))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_kernel_that_panics_is_said_to(engine: EngineName) -> None:

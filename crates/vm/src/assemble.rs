@@ -120,6 +120,7 @@ pub(crate) fn assemble(
     let context = EngineContext {
         clock: Arc::clone(&clock),
         device: parts.engine_device,
+        user_code: config.user_code,
     };
     let engine = engines::open(&config.engine, context)?;
     timing.phase("engine opened");

@@ -47,6 +47,8 @@ pub struct Config {
     pub engine: String,
     /// The engine's device (`/dev/kvm`), opened by the caller; else it is opened at the start.
     pub engine_fd: Option<Fd>,
+    /// How the guest's user code runs, where the engine has a choice.
+    pub user_code: UserCode,
     /// RAM.
     pub memory_mib: u64,
     /// Which host pages back it.
@@ -63,6 +65,17 @@ pub struct Config {
     pub devices: Vec<DeviceConfig>,
     /// The jail's layers.
     pub jail: JailConfig,
+}
+
+/// How the guest's user code runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UserCode {
+    /// As it is, on the processor, where that is faster.
+    #[default]
+    Direct,
+    /// Translated, like the kernel's.
+    Translated,
 }
 
 /// Which host pages back the RAM.

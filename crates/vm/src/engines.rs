@@ -9,6 +9,7 @@ use ringfence_engine::EngineError;
 
 use crate::VmError;
 use crate::config::ConfigError;
+use crate::config::UserCode;
 
 /// What an engine may need to open.
 pub(crate) struct EngineContext {
@@ -17,6 +18,8 @@ pub(crate) struct EngineContext {
     pub(crate) clock: Arc<Clock>,
     /// The engine's device, when the caller opened it.
     pub(crate) device: Option<OwnedFd>,
+    /// How the guest's user code runs, where the engine has a choice.
+    pub(crate) user_code: UserCode,
 }
 
 /// An engine: its name, the device that it needs by path, and how it is opened.
@@ -34,9 +37,12 @@ const ENGINES: &[Entry] = &[
         name: "bt",
         device: None,
         learn: ringfence_engine_bt::learn_frequency,
-        open: |_| {
+        open: |context| {
             let engine = ringfence_engine_bt::BtEngine::new()?;
-            Ok(Box::new(engine.with_direct(direct())))
+            Ok(Box::new(engine.with_direct(match context.user_code {
+                UserCode::Direct => ringfence_engine_bt::Direct::Earned,
+                UserCode::Translated => ringfence_engine_bt::Direct::Never,
+            })))
         },
     },
     #[cfg(feature = "kvm")]
@@ -58,16 +64,6 @@ const ENGINES: &[Entry] = &[
     },
 ];
 
-/// Whether hot user code runs directly: yes, unless the environment asks for translation alone.
-#[cfg(feature = "bt")]
-fn direct() -> ringfence_engine_bt::Direct {
-    if std::env::var_os("RINGFENCE_BT_DIRECT").is_some_and(|value| value == "0") {
-        ringfence_engine_bt::Direct::Never
-    } else {
-        ringfence_engine_bt::Direct::Earned
-    }
-}
-
 fn find(name: &str) -> Result<&'static Entry, VmError> {
     ENGINES
         .iter()
@@ -79,12 +75,15 @@ fn find(name: &str) -> Result<&'static Entry, VmError> {
         })
 }
 
-/// The device that the engine of this name needs by path. The engine learns what it has to of the
-/// host, too.
+/// Has the engine of this name ask the host what it can't ask once the jail closes.
+pub(crate) fn learn(name: &str) -> Result<(), VmError> {
+    (find(name)?.learn)();
+    Ok(())
+}
+
+/// The device that the engine of this name needs by path.
 pub(crate) fn device_path(name: &str) -> Result<Option<&'static str>, VmError> {
-    let entry = find(name)?;
-    (entry.learn)();
-    Ok(entry.device)
+    Ok(find(name)?.device)
 }
 
 /// Opens the engine of this name.

@@ -30,6 +30,7 @@ use crate::control::Mailbox;
 use crate::control::Subject;
 use crate::descriptors;
 use crate::descriptors::Descriptors;
+use crate::engines;
 use crate::error::kind_name;
 use crate::exit;
 use crate::heap;
@@ -126,6 +127,7 @@ fn try_start(
     timing.phase("configured");
 
     let mut jail = Jail::begin(&config)?;
+    engines::learn(&config.engine)?;
     let engine_device = assemble::engine_device(&config, &mut descriptors)?;
     let memory = jail.enter_namespaces()?;
     timing.phase("namespaces entered");

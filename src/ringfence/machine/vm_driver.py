@@ -43,6 +43,8 @@ _CMDLINE = (
 # Under translation every return and indirect jump of the guest is an indirect jump of the
 # translator's: the kernel's detours around its own would cost much and hold nothing.
 _ENGINE_CMDLINE = {"bt": "mitigations=off"}
+# Set to 0: bt translates user code too.
+_DIRECT = "RINGFENCE_BT_DIRECT"
 
 
 def driver() -> Driver:
@@ -229,6 +231,8 @@ def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -
             },
         )
         document.set("huge_pages", spec.huge_pages)
+        if os.environ.get(_DIRECT) == "0":
+            document.set("user_code", "translated")
         document.add_device("rng")
         document.add_device("balloon")
         handout = _add_vsock(document, place, stack)

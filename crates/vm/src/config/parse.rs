@@ -19,6 +19,7 @@ use super::MAX_VCPUS;
 use super::MIN_MEMORY_MIB;
 use super::NetConfig;
 use super::SerialConfig;
+use super::UserCode;
 use super::VERSION;
 
 /// Longer documents are refused unread.
@@ -43,6 +44,8 @@ struct Written {
     engine: String,
     #[serde(default)]
     engine_fd: Option<Fd>,
+    #[serde(default)]
+    user_code: UserCode,
     memory_mib: u64,
     #[serde(default)]
     huge_pages: HugePages,
@@ -86,6 +89,7 @@ pub fn parse(text: &[u8]) -> Result<Config, ConfigError> {
         name: written.name,
         engine: written.engine,
         engine_fd: written.engine_fd,
+        user_code: written.user_code,
         memory_mib: written.memory_mib,
         huge_pages: written.huge_pages,
         vcpus: written.vcpus,

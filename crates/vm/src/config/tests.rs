@@ -16,7 +16,7 @@ fn minimal() -> Value {
 fn full() -> Value {
     json!({
         "version": 1, "name": "m1", "engine": "bt", "memory_mib": 512,
-        "huge_pages": "transparent", "vcpus": 2,
+        "huge_pages": "transparent", "vcpus": 2, "user_code": "translated",
         "boot": {"kernel_fd": 5, "initramfs_fd": 6, "cmdline": "quiet", "protocol": "pvh"},
         "serial": {"in_fd": null, "out_fd": 7}, "control_fd": 3,
         "devices": [
@@ -57,6 +57,7 @@ fn refused(pointer: &str, value: Value) -> String {
 fn a_minimal_document_has_defaults() {
     let config = parse_value(&minimal()).expect("good");
     assert_eq!(config.huge_pages, HugePages::Off);
+    assert_eq!(config.user_code, UserCode::Direct);
     assert_eq!(config.boot.protocol, Protocol::Auto);
     assert_eq!(config.jail, JailConfig::default());
     assert!(config.serial.is_none() && config.devices.is_empty());
@@ -98,6 +99,7 @@ fn wrong_fields_are_named_by_their_path() {
         ("/boot/kernel_fd", json!("5"), "boot.kernel_fd"),
         ("/boot/kernel", json!("/boot/vmlinuz"), "boot.kernel"),
         ("/huge_pages", json!("yes"), "huge_pages"),
+        ("/user_code", json!("native"), "user_code"),
         ("/jail/seccomp", json!(true), "jail.seccomp"),
         ("/devices/0/type", json!("floppy"), "devices[0].type"),
         ("/devices/0/type", json!(null), "devices[0].type"),
