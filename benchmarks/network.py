@@ -136,6 +136,21 @@ def programs() -> dict[str, str]:
     return {WORKS[2]: _CONNECT, WORKS[3]: _AT_ONCE}
 
 
+@contextmanager
+def outside() -> Iterator[Peer]:
+    """A host outside with many addresses that serves iperf3, and a home of Ringfence's own."""
+    with ExitStack() as stack:
+        os.environ["RINGFENCE_HOME"] = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.callback(os.environ.pop, "RINGFENCE_HOME", None)
+        peer = stack.enter_context(Peer())
+        for address in HOSTS:
+            peer.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
+        server = peer.spawn("iperf3", "-s")
+        stack.callback(server.communicate)
+        stack.callback(server.kill)
+        yield peer
+
+
 def run(rounds: int, *, log: Log) -> list[Suite]:
     """Measures.
 
@@ -153,16 +168,7 @@ def run(rounds: int, *, log: Log) -> list[Suite]:
     if os.geteuid() != 0 or missing:
         suite.notes.append(f"not run: needs root{''.join(f', {name}' for name in missing)}")
         return [suite]
-    with ExitStack() as stack:
-        stack.enter_context(_open_tun())
-        os.environ["RINGFENCE_HOME"] = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.callback(os.environ.pop, "RINGFENCE_HOME", None)
-        peer = stack.enter_context(Peer())
-        for address in HOSTS:
-            peer.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
-        server = peer.spawn("iperf3", "-s")
-        stack.callback(server.communicate)
-        stack.callback(server.kill)
+    with _open_tun(), outside() as peer:
         for number in range(rounds):
             for name, start in systems.items():
                 log(f"{suite.name}: round {number + 1} of {rounds}, {name}\n")

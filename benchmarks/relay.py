@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from benchmarks.network import AT_ONCE, HOSTS, SECONDS, SHORT, programs
+from benchmarks.network import AT_ONCE, HOSTS, SECONDS, SHORT, outside, programs
 from benchmarks.results import Row, Suite
 from ringfence.network import AttachOptions, Policy, attach
 from tests.framework.networks import Namespace, Peer
@@ -34,15 +32,7 @@ def run(rounds: int, *, log: Log) -> list[Suite]:
     if os.geteuid() != 0 or shutil.which("iperf3") is None:
         suite.notes.append("not run: needs root and iperf3")
         return [suite]
-    with ExitStack() as stack:
-        os.environ["RINGFENCE_HOME"] = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.callback(os.environ.pop, "RINGFENCE_HOME", None)
-        peer = stack.enter_context(Peer())
-        for address in HOSTS:
-            peer.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
-        server = peer.spawn("iperf3", "-s")
-        stack.callback(server.communicate)
-        stack.callback(server.kill)
+    with outside() as peer:
         for number in range(rounds):
             for name, policy in _POLICIES.items():
                 log(f"{suite.name}: round {number + 1} of {rounds}, {name}\n")

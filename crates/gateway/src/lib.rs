@@ -33,6 +33,7 @@ mod port;
 mod relay;
 mod segment;
 mod slab;
+mod stream;
 mod switch;
 mod tcp;
 #[cfg(feature = "test-utils")]

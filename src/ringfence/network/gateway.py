@@ -15,12 +15,12 @@ from ringfence import _binaries
 from ringfence.errors import ConfigError, ConflictError, HostError, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from ringfence.network.options import PublishedPort
 
-__all__ = ["Gateway", "bind_published", "connect", "listens", "spawn", "stop"]
+__all__ = ["Gateway", "bind_published", "connect", "ensure", "listens", "spawn", "stop"]
 
 _MAX_ANSWER = 1 << 20
 _TIMEOUT_S = 10.0
@@ -226,6 +226,20 @@ def connect(path: Path) -> Gateway:
         StateError: There is none.
     """
     return Gateway(_connect(path))
+
+
+def ensure(path: Path, log: Path, document: Callable[[], Json]) -> Gateway:
+    """The gateway at a path; started, to end with its last link, when it isn't there.
+
+    Raises:
+        HostError: It can't be started.
+    """
+    with ExitStack() as stack, suppress(StateError):
+        found = stack.enter_context(connect(path))
+        found.status()
+        stack.pop_all()
+        return found
+    return spawn(document(), [], control_path=path, log=log, owned=False)
 
 
 def listens(path: Path) -> bool:

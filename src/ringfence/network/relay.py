@@ -78,21 +78,19 @@ def tags(spec: NetworkSpec, members: Sequence[Member]) -> dict[str, int]:
 
 
 def _running(spec: NetworkSpec) -> Gateway:
-    path = user.control_path(spec.name)
-    try:
-        found = gateway.connect(path)
-        found.status()
-    except StateError:
-        document: dict[str, object] = {
-            "version": 1,
-            "name": spec.name,
-            "mac": addresses.derive_mac(spec.name, "relay"),
-        }
-        for net in map(ipaddress.ip_network, spec.subnets):
-            document[f"ipv{net.version}"] = f"{net[1]}/{net.prefixlen}"
-        log = user.log_path(spec.name)
-        return gateway.spawn(document, [], control_path=path, log=log, owned=False)
-    return found
+    path, log = user.control_path(spec.name), user.log_path(spec.name)
+    return gateway.ensure(path, log, lambda: _document(spec))
+
+
+def _document(spec: NetworkSpec) -> dict[str, object]:
+    document: dict[str, object] = {
+        "version": 1,
+        "name": spec.name,
+        "mac": addresses.derive_mac(spec.name, "relay"),
+    }
+    for net in map(ipaddress.ip_network, spec.subnets):
+        document[f"ipv{net.version}"] = f"{net[1]}/{net.prefixlen}"
+    return document
 
 
 def _listening(running: Gateway) -> list[str]:

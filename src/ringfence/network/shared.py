@@ -46,15 +46,8 @@ def _document(spec: NetworkSpec) -> dict[str, object]:
 
 
 def _running(spec: NetworkSpec) -> Gateway:
-    """The network's gateway, started when it isn't there."""
-    path = user.control_path(spec.name)
-    try:
-        found = gateway.connect(path)
-        found.status()
-    except StateError:
-        log = user.log_path(spec.name)
-        return gateway.spawn(_document(spec), [], control_path=path, log=log, owned=False)
-    return found
+    path, log = user.control_path(spec.name), user.log_path(spec.name)
+    return gateway.ensure(path, log, lambda: _document(spec))
 
 
 def join(

@@ -8,13 +8,13 @@ use std::os::fd::OwnedFd;
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
-use rustix::net::SendFlags;
 use rustix::net::sockopt;
 
 use crate::policy::FirstName;
 use crate::policy::Inspect;
 use crate::policy::MAX_FIRST_BYTES;
 use crate::policy::first_name;
+use crate::stream;
 use crate::world::Budget;
 use crate::world::World;
 
@@ -108,17 +108,7 @@ impl End {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<usize, Errno> {
-        let mut done = 0;
-        while self.writable && done < bytes.len() {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match rustix::net::send(&self.socket, &bytes[done..], flags) {
-                Ok(len) => done += len,
-                Err(Errno::AGAIN) => self.writable = false,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(done)
+        stream::send(&self.socket, bytes, &mut self.writable)
     }
 
     fn keep(&mut self, bytes: &[u8], budget: &mut Budget) {

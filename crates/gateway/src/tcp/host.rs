@@ -14,6 +14,7 @@ use crate::policy::Inspect;
 use crate::policy::Reason;
 use crate::policy::Transport;
 use crate::policy::first_name;
+use crate::stream;
 use crate::world::World;
 
 /// Bytes read in one turn; then others have theirs.
@@ -55,17 +56,7 @@ impl Connection {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<usize, Errno> {
-        let mut done = 0;
-        while self.writable && done < bytes.len() {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match rustix::net::send(&self.socket, &bytes[done..], flags) {
-                Ok(len) => done += len,
-                Err(Errno::AGAIN) => self.writable = false,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(done)
+        stream::send(&self.socket, bytes, &mut self.writable)
     }
 
     /// Looks for the name in the first bytes.
