@@ -37,6 +37,7 @@ lint: build ## Check formats, types and style
 	$(RUN) -m mypy
 	$(RUN) -m mypy.stubtest ringfence._native --allowlist tools/stubtest-allowlist.txt
 	cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+	cargo tree --locked --quiet --depth 0 --manifest-path fuzz/libfuzzer/Cargo.toml
 	$(RUN) -m pytest -q tests/style
 
 format: $(VENV)/.tools ## Format what lint checks, and list the documents
