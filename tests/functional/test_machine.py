@@ -241,7 +241,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def test_the_processes_of_direct_execution_end_with_a_killed_vm_process() -> None:
+def test_the_processes_of_direct_execution_end_with_the_vm_process() -> None:
     with Machine(engine="bt") as machine:
         loop = ["sh", "-c", "while :; do :; done"]
         with machine.popen(loop) as process:

@@ -19,10 +19,9 @@
 mod changes;
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io;
-use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
@@ -45,6 +44,7 @@ use crate::hot::hot;
 use crate::mapping::Reservation;
 use crate::mapping::memory_file;
 use crate::mode::Mode;
+use crate::notes::Notes;
 use crate::shared::Shared;
 use crate::translate::asm::Asm;
 use crate::translate::asm::Mem;
@@ -108,20 +108,31 @@ pub(crate) struct CodeCache {
     inner: Mutex<Inner>,
     generation: AtomicU32,
     clearing: AtomicBool,
-    perf_map: Option<Mutex<File>>,
+    notes: Arc<Notes>,
     trampolines: [u32; GATES],
     routines: HashMap<Routine, u32>,
     first_free: u32,
 }
 
+/// Two views of memory for code: to write, and to run. `perf` looks for names only in memory that
+/// no file stands for.
+fn views(size: u64, named: bool) -> io::Result<(Reservation, Reservation)> {
+    if named {
+        let writable = Reservation::shared(size)?;
+        let executable = writable.executable_view()?;
+        return Ok((writable, executable));
+    }
+    let file = memory_file(c"ringfence-bt-code", size)?;
+    Ok((
+        Reservation::of_file(&file, size, libc::PROT_READ | libc::PROT_WRITE)?,
+        Reservation::of_file(&file, size, libc::PROT_READ | libc::PROT_EXEC)?,
+    ))
+}
+
 impl CodeCache {
-    /// An empty cache of at most `size` bytes of code, which tells `perf` what it holds.
-    pub(crate) fn new(size: u32, host: Host, perf_map: Option<File>) -> io::Result<Self> {
-        let file = memory_file(c"ringfence-bt-code", u64::from(size))?;
-        let writable =
-            Reservation::of_file(&file, u64::from(size), libc::PROT_READ | libc::PROT_WRITE)?;
-        let executable =
-            Reservation::of_file(&file, u64::from(size), libc::PROT_READ | libc::PROT_EXEC)?;
+    /// An empty cache of at most `size` bytes of code, which tells `notes` what it holds.
+    pub(crate) fn new(size: u32, host: Host, notes: Arc<Notes>) -> io::Result<Self> {
+        let (writable, executable) = views(u64::from(size), notes.has_names())?;
         let blocks_file = memory_file(c"ringfence-bt-blocks", BLOCKS_BYTES as u64)?;
         let block_table = Reservation::of_file(
             &blocks_file,
@@ -138,7 +149,7 @@ impl CodeCache {
             inner: Mutex::default(),
             generation: AtomicU32::new(0),
             clearing: AtomicBool::new(false),
-            perf_map: perf_map.map(Mutex::new),
+            notes,
             trampolines: [0; GATES],
             routines: HashMap::new(),
             first_free: 0,
@@ -341,8 +352,9 @@ impl CodeCache {
         let page = inner.pages.get_mut(&key).ok_or(Full)?;
         page.blocks.push(number);
         page.parts |= new.parts;
-        self.note_block(block.start, block.len, key, new.guest);
-        self.note_block(block.cold, block.cold_len, key, new.guest);
+        for (start, len) in [(block.start, block.len), (block.cold, block.cold_len)] {
+            self.notes.name(self.address(start), len, key, new.guest);
+        }
         self.set_block(number, block.start);
         if plain {
             page.plain.insert(new.guest, number);
@@ -350,18 +362,6 @@ impl CodeCache {
             Self::map_element(map, new.guest).store(number, Ordering::SeqCst);
         }
         Ok(Some(self.address(block.start + BODY_ENTRY)))
-    }
-
-    /// A line for `perf`: address, length, name.
-    fn note_block(&self, start: u32, len: u32, key: PageKey, guest: u16) {
-        if let Some(file) = &self.perf_map {
-            let ring = if key.mode.is_user() { "user" } else { "kernel" };
-            let place = key.gpa + u64::from(guest);
-            let line = format!("{:x} {len:x} guest_{ring}_{place:x}\n", self.address(start));
-            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-            // Profiles without some names are better than a machine that stops.
-            let _ = file.write_all(line.as_bytes());
-        }
     }
 
     fn present(&self, inner: &Inner, key: PageKey, guest: u16, plain: bool) -> Option<u64> {

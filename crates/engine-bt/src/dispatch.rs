@@ -10,6 +10,7 @@ use std::panic::AssertUnwindSafe;
 use std::panic::catch_unwind;
 
 use ringfence_engine::EngineError;
+use ringfence_engine::panic_message;
 use ringfence_x86::state::Activity;
 
 use crate::access::Place;
@@ -45,10 +46,11 @@ pub(crate) unsafe extern "C" fn dispatch(core: *mut Core, gate: u32) -> u64 {
     let core = unsafe { &mut *core };
     // A panic must not cross generated code: it has no unwind tables.
     let answer = catch_unwind(AssertUnwindSafe(|| core.answer(gate)));
-    let pc = answer.unwrap_or_else(|_| {
-        core.leaving = Some(Err(EngineError::Internal(
-            "the monitor panicked while serving translated code".to_owned(),
-        )));
+    let pc = answer.unwrap_or_else(|panic| {
+        core.leaving = Some(Err(EngineError::Internal(format!(
+            "the monitor panicked while serving translated code: {}",
+            panic_message(&*panic)
+        ))));
         LEAVE
     });
     core.sync_gs();

@@ -39,6 +39,7 @@ mod lookup;
 mod mapping;
 mod mode;
 mod msr;
+mod notes;
 mod offered;
 mod pages;
 mod paravirt;

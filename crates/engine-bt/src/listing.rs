@@ -12,8 +12,9 @@ use crate::host::Host;
 use crate::mode::Mode;
 use crate::offered::Offered;
 use crate::translate::Request;
+use crate::translate::decode::Item;
 use crate::translate::decode_block;
-use crate::translate::emit::emit_block_listed;
+use crate::translate::emit::emit_block;
 use crate::translate::plan::plan_block;
 
 /// What is translated for a listing, and how.
@@ -67,19 +68,20 @@ pub fn list_translation(code: &[u8], listing: Listing) -> String {
         },
         plain_tsc: true,
     };
+    list(&request, listing.plain)
+}
+
+/// Translates a block and lists it.
+pub(crate) fn list(request: &Request<'_>, plain: bool) -> String {
     let mut info = InstructionInfoFactory::new();
-    let items = decode_block(&request, &mut info);
-    let plan = plan_block(&items, &mut info, listing.bits, listing.plain);
-    let (block, starts) = emit_block_listed(&request, &items, &plan);
-    let guest: Vec<_> = items
-        .iter()
-        .map(|item| (item.offset, item.instruction))
-        .collect();
-    render(&block, &guest, &starts)
+    let items = decode_block(request, &mut info);
+    let plan = plan_block(&items, &mut info, request.mode.bits(), plain);
+    let (block, starts) = emit_block(request, &items, &plan);
+    render(&block, &items, &starts)
 }
 
 /// Guest instructions, each followed by its host code, and the cold code at the end.
-fn render(block: &NewBlock, guest: &[(u16, Instruction)], starts: &[usize]) -> String {
+pub(crate) fn render(block: &NewBlock, guest: &[Item], starts: &[usize]) -> String {
     let mut text = String::new();
     let mut next = 0;
     let mut decoder = Decoder::with_ip(64, &block.code, 0, DecoderOptions::NONE);
@@ -87,10 +89,10 @@ fn render(block: &NewBlock, guest: &[(u16, Instruction)], starts: &[usize]) -> S
         let at = decoder.position();
         while starts.get(next).is_some_and(|&start| start <= at) {
             let heading = match guest.get(next) {
-                Some((offset, instruction)) if instruction.is_invalid() => {
-                    format!("{offset:03x}: (undefined)\n")
+                Some(item) if item.instruction.is_invalid() => {
+                    format!("{:03x}: (undefined)\n", item.offset)
                 }
-                Some((offset, instruction)) => format!("{offset:03x}: {}\n", show(instruction)),
+                Some(item) => format!("{:03x}: {}\n", item.offset, show(&item.instruction)),
                 None => "cold:\n".to_owned(),
             };
             text.push_str(&heading);

@@ -149,7 +149,7 @@ impl Core {
             // Its other half may be there next time: such a block would be of no use then.
             return Ok(Some(self.step_apart()));
         }
-        let new = self.translate(page, offset, plain);
+        let new = self.translate(key, page, offset, plain);
         if self.is_user() {
             self.note_user_translation();
         }

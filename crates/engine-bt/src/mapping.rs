@@ -81,6 +81,50 @@ impl Reservation {
         Ok(reservation)
     }
 
+    /// Shared memory that no file stands for, for reading and writing.
+    pub(crate) fn shared(len_bytes: u64) -> io::Result<Self> {
+        let reservation = Self::new(len_bytes)?;
+        let flags = libc::MAP_ANONYMOUS;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        reservation.map_with(reservation.start, len_bytes, protection, (-1, 0), flags)?;
+        Ok(reservation)
+    }
+
+    /// A second view of [`Self::shared`] memory, to read and to run.
+    pub(crate) fn executable_view(&self) -> io::Result<Self> {
+        let len = usize::try_from(self.len_bytes).map_err(io::Error::other)?;
+        // SAFETY: an old length of zero leaves the shared mapping alone and makes another one at an
+        // address of the kernel's choice (mremap(2)).
+        let view = unsafe {
+            libc::mremap(
+                self.start as *mut libc::c_void,
+                0,
+                len,
+                libc::MREMAP_MAYMOVE,
+            )
+        };
+        if view == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let view = Self {
+            start: view as u64,
+            len_bytes: self.len_bytes,
+        };
+        // SAFETY: the range was just mapped and nobody uses it yet.
+        if unsafe {
+            libc::mprotect(
+                view.start as *mut libc::c_void,
+                len,
+                libc::PROT_READ | libc::PROT_EXEC,
+            )
+        } != 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        keep_from_children(view.start, len);
+        Ok(view)
+    }
+
     /// First address.
     pub(crate) fn start(&self) -> u64 {
         self.start
@@ -111,13 +155,24 @@ impl Reservation {
         fd: RawFd,
         offset: u64,
     ) -> io::Result<()> {
+        self.map_with(address, len_bytes, protection, (fd, offset), 0)
+    }
+
+    fn map_with(
+        &self,
+        address: u64,
+        len_bytes: u64,
+        protection: i32,
+        (fd, offset): (RawFd, u64),
+        further: i32,
+    ) -> io::Result<()> {
         let end = address.checked_add(len_bytes);
         if address < self.start || end.is_none_or(|end| end > self.start + self.len_bytes) {
             return Err(io::Error::other("mapping outside its reservation"));
         }
         let len = usize::try_from(len_bytes).map_err(io::Error::other)?;
         let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE | further;
         // SAFETY: MAP_FIXED replaces only address space of this reservation, as checked above.
         let mapped = unsafe {
             libc::mmap(

@@ -20,6 +20,7 @@ use crate::direct::Patches;
 use crate::direct::Spawner;
 use crate::gate::Gates;
 use crate::host::Host;
+use crate::notes::Notes;
 use crate::pages::Pages;
 use crate::ram::Ram;
 use crate::remote::Remote;
@@ -46,6 +47,8 @@ pub(crate) struct Shared {
     pub spawner: Option<Mutex<Spawner>>,
     /// Code pages that run there as copies.
     pub patches: Option<Patches>,
+    /// Who is told of translations.
+    pub notes: Arc<Notes>,
     /// Whether it pays is not asked.
     pub always_direct: bool,
 }

@@ -31,6 +31,7 @@ use crate::direct::Spawner;
 use crate::features::guest_cpuid;
 use crate::gate::Gates;
 use crate::host::Host;
+use crate::notes::Notes;
 use crate::pages::Pages;
 use crate::ram::Ram;
 use crate::remote::Remote;
@@ -58,6 +59,7 @@ pub struct BtEngine {
     host: Host,
     cpuid: CpuidTable,
     perf_map: Option<File>,
+    trace: Option<File>,
     code_bytes: u32,
     direct: Direct,
 }
@@ -95,6 +97,7 @@ impl BtEngine {
             host,
             cpuid,
             perf_map: None,
+            trace: None,
             code_bytes: CODE_BYTES,
             direct: Direct::default(),
         })
@@ -120,6 +123,13 @@ impl BtEngine {
     #[must_use]
     pub fn with_perf_map(mut self, file: File) -> Self {
         self.perf_map = Some(file);
+        self
+    }
+
+    /// Has every translation written to `file`, beside the guest's code that it stands for.
+    #[must_use]
+    pub fn with_trace(mut self, file: File) -> Self {
+        self.trace = Some(file);
         self
     }
 }
@@ -169,14 +179,9 @@ impl Engine for BtEngine {
             }
         };
         let ram = Ram::new(&setup.ram);
-        let perf_map = self
-            .perf_map
-            .as_ref()
-            .map(File::try_clone)
-            .transpose()
-            .map_err(EngineError::host("duplicate the perf map"))?;
+        let notes = Arc::new(Notes::new(self.perf_map.as_ref(), self.trace.as_ref())?);
         let (spawner, patches) = self.direct_parts(&setup.ram).unzip();
-        let code = CodeCache::new(self.code_bytes, self.host, perf_map)
+        let code = CodeCache::new(self.code_bytes, self.host, Arc::clone(&notes))
             .map_err(EngineError::host("reserve the code cache"))?;
         let registration = Registration::new(code.range())
             .map_err(EngineError::host("handle the signals of translated code"))?;
@@ -195,6 +200,7 @@ impl Engine for BtEngine {
             dirty: crate::shared::DirtyLog::default(),
             spawner: spawner.map(Mutex::new),
             patches,
+            notes,
             always_direct: self.direct == Direct::Always,
         });
         let watcher: Arc<dyn WriteWatcher> = Arc::new(DeviceWrites(Arc::downgrade(&shared)));
@@ -353,5 +359,12 @@ impl Vcpu for BtVcpu {
             .paging()
             .translate(&core.shared.ram, address, Access::Read, false, false);
         Ok(found.ok().map(|found| found.gpa))
+    }
+
+    fn diagnosis(&self) -> String {
+        self.core
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .diagnosis()
     }
 }

@@ -1,5 +1,6 @@
 //! Engine errors, by whose fault they are.
 
+use std::any::Any;
 use std::io;
 
 /// Whose fault an error is: Python's exception classes follow it.
@@ -19,6 +20,16 @@ pub enum ErrorKind {
     Format,
     /// Our bug.
     Internal,
+}
+
+/// The words of a caught panic.
+#[must_use]
+pub fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(text), _) => text,
+        (_, Some(text)) => text,
+        _ => "it left no words",
+    }
 }
 
 /// Why an engine call failed.

@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use apic::{ApicEvent, ApicFault, LocalApic};
 pub use caps::{EngineCaps, InterruptChips};
-pub use error::{EngineError, ErrorKind};
+pub use error::{EngineError, ErrorKind, panic_message};
 pub use exit::{DebugStop, IoAccess, IoDirection, IoSpace, VcpuExit};
 
 /// A way to run vCPUs. One value a process; it makes machines.
@@ -257,4 +257,9 @@ pub trait Vcpu: Send {
     /// # Errors
     /// [`ErrorKind::Host`] when the host refuses.
     fn translate(&self, address: u64) -> Result<Option<u64>, EngineError>;
+
+    /// What the engine knows beyond [`Self::state`], for the report of a bug in it.
+    fn diagnosis(&self) -> String {
+        String::new()
+    }
 }

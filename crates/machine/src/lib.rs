@@ -22,6 +22,7 @@ mod error;
 mod input;
 mod lifecycle;
 mod machine;
+mod report;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 #[cfg(test)]

@@ -63,8 +63,13 @@ pub enum MachineEnd {
     },
     /// It was stopped from outside.
     Stopped,
-    /// It could not go on: the engine or the host failed it. The text says why.
-    Failed(String),
+    /// It could not go on: the engine or the host failed it.
+    Failed {
+        /// Why.
+        why: String,
+        /// The guest's state, for whoever mends the engine.
+        report: Option<String>,
+    },
 }
 
 /// What a machine's owner is told while it runs.
@@ -108,8 +113,10 @@ impl Drop for Membership {
     fn drop(&mut self) {
         if std::thread::panicking() {
             // So that nobody waits for a machine that can't go on.
-            self.0
-                .end(MachineEnd::Failed("a vCPU thread panicked".to_owned()));
+            self.0.end(MachineEnd::Failed {
+                why: "a vCPU thread panicked".to_owned(),
+                report: None,
+            });
         }
         self.0.threads().alive -= 1;
         self.0.changed.notify_all();

@@ -143,7 +143,10 @@ impl Machine {
             let lifecycle = Arc::clone(&board.lifecycle);
             move |what: &str, result: io::Result<()>| {
                 if let Err(error) = result {
-                    lifecycle.end(MachineEnd::Failed(format!("{what}: {error}")));
+                    lifecycle.end(MachineEnd::Failed {
+                        why: format!("{what}: {error}"),
+                        report: None,
+                    });
                 }
             }
         };
@@ -159,9 +162,10 @@ impl Machine {
             let vcpu = make_vcpu(board, index, state)?;
             let member = board.lifecycle.join(vcpu.waker());
             let lifecycle = Arc::clone(&board.lifecycle);
+            let ram = board.ram().clone();
             spawner.spawn(ThreadKind::Vcpu(index), move || {
                 let _member = member;
-                vcpu::run(index, vcpu, &lifecycle);
+                vcpu::run(index, vcpu, &lifecycle, &ram);
             })?;
         }
         spawner.finish()?;

@@ -147,12 +147,36 @@ fn an_engine_that_fails_ends_the_machine_with_its_words() {
         })
     });
     let (machine, _) = start(&engine, 1);
-    let MachineEnd::Failed(why) = machine.wait() else {
+    let MachineEnd::Failed { why, .. } = machine.wait() else {
         panic!("it failed");
     };
     assert_eq!(why, "vCPU 0: cannot run a vCPU: the host is out of luck");
     let (machine, _) = start(&script(|_| Ok(VcpuExit::Halt)), 1);
-    assert!(matches!(machine.wait(), MachineEnd::Failed(_)));
+    assert!(matches!(machine.wait(), MachineEnd::Failed { .. }));
+}
+
+#[test]
+fn a_bug_in_an_engine_is_reported_with_the_guests_state() {
+    for (engine, words) in [
+        (
+            script(|_| Err(EngineError::Internal("two and two".to_owned()))),
+            "vCPU 0: engine bug: two and two",
+        ),
+        (
+            script(|_| panic!("five")),
+            "vCPU 0: engine bug: the monitor panicked: five",
+        ),
+    ] {
+        let (machine, _) = start(&engine, 1);
+        let MachineEnd::Failed { why, report } = machine.wait() else {
+            panic!("it failed");
+        };
+        assert_eq!(why, words);
+        let report = report.expect("the state can be read");
+        assert!(report.contains("rip 0x0 rflags 0x2 Running"), "{report}");
+        assert!(report.contains("cr0 0x10"), "{report}");
+        assert!(report.contains("code "), "{report}");
+    }
 }
 
 #[test]

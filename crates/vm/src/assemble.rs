@@ -31,6 +31,7 @@ use crate::VmError;
 use crate::config;
 use crate::config::Config;
 use crate::config::DeviceConfig;
+use crate::config::Fd;
 use crate::config::FsSource;
 use crate::config::Protocol;
 use crate::descriptors::Descriptors;
@@ -105,6 +106,10 @@ pub(crate) struct Parts {
     pub(crate) disk_thread: ThreadStart,
 }
 
+fn take_file(descriptors: &mut Descriptors, fd: Option<Fd>) -> Result<Option<File>, VmError> {
+    Ok(descriptors.take_optional(fd)?.map(File::from))
+}
+
 /// Puts everything together. The kernel is in its place afterwards.
 pub(crate) fn assemble(
     config: &Config,
@@ -121,6 +126,8 @@ pub(crate) fn assemble(
         clock: Arc::clone(&clock),
         device: parts.engine_device,
         user_code: config.user_code,
+        perf_map: take_file(&mut descriptors, config.notes.perf_map_fd)?,
+        trace: take_file(&mut descriptors, config.notes.trace_fd)?,
     };
     let engine = engines::open(&config.engine, context)?;
     timing.phase("engine opened");

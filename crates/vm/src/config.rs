@@ -49,6 +49,8 @@ pub struct Config {
     pub engine_fd: Option<Fd>,
     /// How the guest's user code runs, where the engine has a choice.
     pub user_code: UserCode,
+    /// Where the engine tells what it does.
+    pub notes: NotesConfig,
     /// RAM.
     pub memory_mib: u64,
     /// Which host pages back it.
@@ -76,6 +78,16 @@ pub enum UserCode {
     Direct,
     /// Translated, like the kernel's.
     Translated,
+}
+
+/// Where an engine that translates tells what it does; other engines have nothing to tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NotesConfig {
+    /// Takes the names of translated code as `perf` reads them.
+    pub perf_map_fd: Option<Fd>,
+    /// Takes every translation beside the guest's code.
+    pub trace_fd: Option<Fd>,
 }
 
 /// Which host pages back the RAM.

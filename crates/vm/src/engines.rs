@@ -1,5 +1,6 @@
 //! The engines that this program has, one line each.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -20,6 +21,10 @@ pub(crate) struct EngineContext {
     pub(crate) device: Option<OwnedFd>,
     /// How the guest's user code runs, where the engine has a choice.
     pub(crate) user_code: UserCode,
+    /// Takes the names of translated code.
+    pub(crate) perf_map: Option<File>,
+    /// Takes translations.
+    pub(crate) trace: Option<File>,
 }
 
 /// An engine: its name, the device that it needs by path, and how it is opened.
@@ -38,11 +43,18 @@ const ENGINES: &[Entry] = &[
         device: None,
         learn: ringfence_engine_bt::learn_frequency,
         open: |context| {
-            let engine = ringfence_engine_bt::BtEngine::new()?;
-            Ok(Box::new(engine.with_direct(match context.user_code {
-                UserCode::Direct => ringfence_engine_bt::Direct::Earned,
-                UserCode::Translated => ringfence_engine_bt::Direct::Never,
-            })))
+            let mut engine =
+                ringfence_engine_bt::BtEngine::new()?.with_direct(match context.user_code {
+                    UserCode::Direct => ringfence_engine_bt::Direct::Earned,
+                    UserCode::Translated => ringfence_engine_bt::Direct::Never,
+                });
+            if let Some(file) = context.perf_map {
+                engine = engine.with_perf_map(file);
+            }
+            if let Some(file) = context.trace {
+                engine = engine.with_trace(file);
+            }
+            Ok(Box::new(engine))
         },
     },
     #[cfg(feature = "kvm")]
@@ -61,6 +73,17 @@ const ENGINES: &[Entry] = &[
         device: None,
         learn: || {},
         open: |_| Ok(Box::new(ringfence_machine::testing::ScriptEngine::idle())),
+    },
+    #[cfg(feature = "testing")]
+    Entry {
+        name: "broken",
+        device: None,
+        learn: || {},
+        open: |_| {
+            let bug = |_: &_| Err(EngineError::Internal("two and two are five".to_owned()));
+            let engine = ringfence_machine::testing::ScriptEngine::new(Arc::new(bug));
+            Ok(Box::new(engine))
+        },
     },
 ];
 

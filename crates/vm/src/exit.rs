@@ -3,6 +3,8 @@
 use std::process::ExitCode;
 
 use ringfence_machine::MachineEnd;
+use serde_json::Value;
+use serde_json::json;
 
 /// The process's exit status. Python's side mirrors the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +51,7 @@ impl From<&MachineEnd> for ExitStatus {
             MachineEnd::Panic => Self::Panic,
             MachineEnd::Crash { .. } => Self::Crash,
             MachineEnd::Stopped => Self::Killed,
-            MachineEnd::Failed(_) => Self::Failed,
+            MachineEnd::Failed { .. } => Self::Failed,
         }
     }
 }
@@ -60,8 +62,25 @@ impl From<ExitStatus> for ExitCode {
     }
 }
 
+/// The last control event.
+pub(crate) fn event(end: &MachineEnd) -> Value {
+    let mut event = json!({
+        "event": "exit",
+        "reason": ExitStatus::from(end).reason(),
+        "message": message(end),
+    });
+    if let MachineEnd::Failed {
+        report: Some(report),
+        ..
+    } = end
+    {
+        event["report"] = report.as_str().into();
+    }
+    event
+}
+
 /// What a reader wants to know beyond the reason.
-pub(crate) fn message(end: &MachineEnd) -> String {
+fn message(end: &MachineEnd) -> String {
     match end {
         MachineEnd::PowerOff => "the guest turned the machine off".to_owned(),
         MachineEnd::Reset => "the guest reset the machine".to_owned(),
@@ -70,6 +89,6 @@ pub(crate) fn message(end: &MachineEnd) -> String {
             format!("processor {vcpu} shut down (triple fault)")
         }
         MachineEnd::Stopped => "the machine was ended from outside".to_owned(),
-        MachineEnd::Failed(why) => why.clone(),
+        MachineEnd::Failed { why, .. } => why.clone(),
     }
 }

@@ -212,11 +212,7 @@ impl Running {
             Some(connection) => {
                 let end = control::serve(connection, &self.mailbox, &mut self.subject);
                 self.finish(&end);
-                connection.send(&json!({
-                    "event": "exit",
-                    "reason": ExitStatus::from(&end).reason(),
-                    "message": exit::message(&end),
-                }));
+                connection.send(&exit::event(&end));
                 end
             }
             None => self.subject.machine.wait(),

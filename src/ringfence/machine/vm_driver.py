@@ -15,6 +15,7 @@ from ringfence.guest.spec import GuestSetup
 from ringfence.machine import check, host_root, network_plan, root_plan, sockets
 from ringfence.machine.document import Document
 from ringfence.machine.driver import Driver, RunningInfo
+from ringfence.machine.engine_notes import EngineNotes
 from ringfence.machine.network_plan import Attachments, tell_names
 from ringfence.machine.spec import HostRoot
 from ringfence.machine.vm_process import VmProcess
@@ -233,12 +234,15 @@ def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -
         document.set("huge_pages", spec.huge_pages)
         if os.environ.get(_DIRECT) == "0":
             document.set("user_code", "translated")
+        notes = EngineNotes(document, spec.engine)
+        stack.callback(notes.close)
         document.add_device("rng")
         document.add_device("balloon")
         handout = _add_vsock(document, place, stack)
         process = VmProcess(document, place)
         stack.callback(process.kill)
         process.wait_ready()
+        notes.started(process.pid)
     setup = _setup(spec, place, root, mounts, interfaces)
     agent = _bring_up(process, handout, place, setup, spec.timeouts.boot_s, phases)
     stack.callback(agent.close)

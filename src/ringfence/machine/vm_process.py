@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ringfence import _binaries
 from ringfence.errors import GuestCrash, HostError, InternalError, RingfenceError
+from ringfence.machine import reports
 from ringfence.machine.control import Control, error_of_kind
 from ringfence.machine.driver import Ending
 
@@ -147,6 +148,13 @@ class VmProcess:
         said = str(event.get("message") or "")
         if said and reason in ("failed", "error", "crash"):
             message = f"{message}: {said}"
+        report = event.get("report")
+        if isinstance(report, str):
+            path = reports.save(self._place.name, message, report)
+            if path is not None:
+                message = (
+                    f"{message}\nthe guest's state is in {path}; it belongs into a report of this"
+                )
         detail = "" if reason in ("poweroff", "killed") else self._last_words()
         return Ending(reason=reason, message=message, detail=detail)
 

@@ -298,7 +298,8 @@ pub fn an_nmi_goes_to_the_other_processor(bench: &Bench<'_>) {
             a.wait_for(layout::IRQ_COUNTS + 2 * 8, 1)
         },
     );
-    assert_eq!(guest.interrupts(), [2]);
+    // Not the list: the handler adds to it after it has counted.
+    assert_eq!(guest.interrupt_count(2), 1);
 }
 
 /// INIT stops a running processor, and SIPI starts it again.

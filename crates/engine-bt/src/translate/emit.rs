@@ -59,13 +59,9 @@ pub(crate) struct Emitter<'a> {
     pub held: Vec<(Reg, usize)>,
 }
 
-/// Writes the host code of `items`.
-pub(crate) fn emit_block(request: &Request<'_>, items: &[Item], plan: &Plan) -> NewBlock {
-    emit_block_listed(request, items, plan).0
-}
-
-/// As [`emit_block`], with the place where each instruction's code starts, and the cold code.
-pub(crate) fn emit_block_listed(
+/// Writes the host code of `items`. Also says where each instruction's code starts, and then the
+/// cold code.
+pub(crate) fn emit_block(
     request: &Request<'_>,
     items: &[Item],
     plan: &Plan,

@@ -15,7 +15,7 @@
 pub(crate) mod asm;
 mod cold;
 pub(crate) mod crossing;
-mod decode;
+pub(crate) mod decode;
 pub(crate) mod emit;
 mod flags;
 mod flow;
@@ -28,6 +28,7 @@ mod strings;
 mod system;
 
 use crate::block::NewBlock;
+use crate::block::PageKey;
 use crate::core::Core;
 use crate::host::Host;
 use crate::mode::Mode;
@@ -56,13 +57,19 @@ pub(crate) struct Request<'a> {
 
 impl Core {
     /// Translates the block at `offset` of a page; `plain`: without groups.
-    pub(crate) fn translate(&mut self, page: &[u8], offset: u16, plain: bool) -> NewBlock {
+    pub(crate) fn translate(
+        &mut self,
+        key: PageKey,
+        page: &[u8],
+        offset: u16,
+        plain: bool,
+    ) -> NewBlock {
         let request = Request {
             page,
             offset,
             mode: self.mode,
             host: self.shared.host,
-            plain_tsc: self.msrs.tsc_offset == 0 && !self.mode.traps_tsc(),
+            plain_tsc: self.has_plain_tsc(),
         };
         let block = decode_block(&request, &mut self.info);
         let copied = block
@@ -73,6 +80,14 @@ impl Core {
         self.remote.counters.instructions.add(block.len() as u64);
         self.remote.counters.copied.add(copied as u64);
         let plan = plan::plan_block(&block, &mut self.info, self.mode.bits(), plain);
-        emit::emit_block(&request, &block, &plan)
+        let (new, starts) = emit::emit_block(&request, &block, &plan);
+        let address = self.linear_rip(self.rip);
+        self.shared.notes.list(address, key, &block, &new, &starts);
+        new
+    }
+
+    /// The guest reads the host's time-stamp counter as it is.
+    pub(crate) fn has_plain_tsc(&self) -> bool {
+        self.msrs.tsc_offset == 0 && !self.mode.traps_tsc()
     }
 }

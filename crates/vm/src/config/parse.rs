@@ -18,6 +18,7 @@ use super::MAX_MEMORY_MIB;
 use super::MAX_VCPUS;
 use super::MIN_MEMORY_MIB;
 use super::NetConfig;
+use super::NotesConfig;
 use super::SerialConfig;
 use super::UserCode;
 use super::VERSION;
@@ -46,6 +47,8 @@ struct Written {
     engine_fd: Option<Fd>,
     #[serde(default)]
     user_code: UserCode,
+    #[serde(default)]
+    notes: NotesConfig,
     memory_mib: u64,
     #[serde(default)]
     huge_pages: HugePages,
@@ -90,6 +93,7 @@ pub fn parse(text: &[u8]) -> Result<Config, ConfigError> {
         engine: written.engine,
         engine_fd: written.engine_fd,
         user_code: written.user_code,
+        notes: written.notes,
         memory_mib: written.memory_mib,
         huge_pages: written.huge_pages,
         vcpus: written.vcpus,
@@ -262,6 +266,8 @@ impl Config {
         let serial = self.serial.as_ref();
         for (name, fd) in [
             ("engine_fd", self.engine_fd),
+            ("notes.perf_map_fd", self.notes.perf_map_fd),
+            ("notes.trace_fd", self.notes.trace_fd),
             ("boot.initramfs_fd", self.boot.initramfs_fd),
             ("serial.in_fd", serial.and_then(|serial| serial.in_fd)),
             ("serial.out_fd", serial.and_then(|serial| serial.out_fd)),

@@ -30,7 +30,7 @@ fn full() -> Value {
                 {"path": "/usr", "fd": 15, "read_only": true, "ids": "squash:0:0", "hide": ["local"]},
                 {"path": "/bin", "symlink": "usr/bin"}, {"path": "/proc", "directory": true}]},
         ],
-        "jail": {"seccomp": "require"},
+        "notes": {"perf_map_fd": 16, "trace_fd": 17}, "jail": {"seccomp": "require"},
     })
 }
 
@@ -58,6 +58,7 @@ fn a_minimal_document_has_defaults() {
     let config = parse_value(&minimal()).expect("good");
     assert_eq!(config.huge_pages, HugePages::Off);
     assert_eq!(config.user_code, UserCode::Direct);
+    assert_eq!(config.notes, NotesConfig::default());
     assert_eq!(config.boot.protocol, Protocol::Auto);
     assert_eq!(config.jail, JailConfig::default());
     assert!(config.serial.is_none() && config.devices.is_empty());
@@ -73,7 +74,7 @@ fn a_full_document_is_understood() {
     );
     let mut fds: Vec<i32> = config.fds().iter().map(|(_, fd)| fd.0).collect();
     fds.sort_unstable();
-    assert_eq!(fds, (3..=15).filter(|&fd| fd != 4).collect::<Vec<_>>());
+    assert_eq!(fds, (3..=17).filter(|&fd| fd != 4).collect::<Vec<_>>());
     let DeviceConfig::Fs(fs) = &config.devices[6] else {
         panic!("fs");
     };
@@ -100,6 +101,8 @@ fn wrong_fields_are_named_by_their_path() {
         ("/boot/kernel", json!("/boot/vmlinuz"), "boot.kernel"),
         ("/huge_pages", json!("yes"), "huge_pages"),
         ("/user_code", json!("native"), "user_code"),
+        ("/notes/trace_fd", json!(16), "notes.trace_fd"),
+        ("/notes/log", json!(18), "notes.log"),
         ("/jail/seccomp", json!(true), "jail.seccomp"),
         ("/devices/0/type", json!("floppy"), "devices[0].type"),
         ("/devices/0/type", json!(null), "devices[0].type"),
