@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -263,6 +264,30 @@ def test_a_bridge_keeps_its_address_when_machines_come_and_go(make_guest: MakeGu
 
 
 @pytest.mark.usefixtures("peer")
+def test_the_hosts_own_bridge_keeps_its_address_too(make_guest: MakeGuest) -> None:
+    bridge, port = f"rfq{os.getpid() % 100000}", f"rfr{os.getpid() % 100000}"
+    # No address was given to it: it has its port's, the highest that there is but for a few.
+    words = ["ip", "link", "add", port, "address", "fa:ff:ff:ff:ff:01", "type", "veth"]
+    subprocess.run(words, check=True)
+    subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], check=True)
+    try:
+        subprocess.run(["ip", "link", "set", port, "up", "master", bridge], check=True)
+        subprocess.run(["ip", "link", "set", bridge, "up"], check=True)
+        address = Path(f"/sys/class/net/{bridge}/address")
+        before = address.read_text()
+        assert before == "fa:ff:ff:ff:ff:01\n"
+        guests = [
+            make_guest(f"bridge:{bridge}", dns=(), addresses=(f"10.98.1.{n}/24",)) for n in (2, 3)
+        ]
+        assert address.read_text() == before
+        for guest in guests:
+            guest.close()
+        assert address.read_text() == before
+    finally:
+        for name in (bridge, port):
+            subprocess.run(["ip", "link", "del", name], check=True)
+
+
 def test_a_link_that_goes_while_it_is_removed_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "_index", lambda *_: 1 << 30)
     links.remove("rftgone")
