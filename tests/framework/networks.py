@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-__all__ = ["Namespace", "Peer"]
+__all__ = ["PEER_PROGRAM", "Namespace", "Peer"]
 
-_PEER = Path(__file__).with_name("network_peer.py")
+PEER_PROGRAM = Path(__file__).with_name("network_peer.py")
 
 
 def _ip(*words: str) -> None:
@@ -105,7 +105,7 @@ class Peer(Namespace):
         ):
             done = self.run("ip", *words)
             assert done.returncode == 0, done.stderr
-        self._services = self.spawn(sys.executable, "-IS", str(_PEER), v4, v6)
+        self._services = self.spawn(sys.executable, "-IS", str(PEER_PROGRAM), v4, v6)
         assert self._services.stdout is not None
         assert self._services.stdout.readline() == "ready\n"
 

@@ -251,11 +251,16 @@ fn perform(
             gateway.world.capture.start(fd, port)?;
         }
         Request::SetRelay(config) => {
+            let (world, relay) = (&mut gateway.world, &mut gateway.relay);
             for &fd in &config.listen {
-                gateway.relay.listen(&gateway.world, fds.take(fd)?)?;
+                relay.listen(world, fds.take(fd)?, None)?;
             }
-            let world = &mut gateway.world;
-            gateway.relay.set_machines(world, &config.machines)?;
+            for machine in &config.machines {
+                for &fd in &machine.listen {
+                    relay.listen(world, fds.take(fd)?, Some(&machine.name))?;
+                }
+            }
+            relay.set_machines(world, &config.machines)?;
         }
         Request::CaptureStop => gateway.world.capture.stop(),
         Request::Stop => gateway.stopping = true,
@@ -283,7 +288,11 @@ fn status(gateway: &Gateway) -> Value {
         "ports": ports,
         "tcp_connections": gateway.tcp.len(),
         "udp_flows": gateway.udp.len(),
-        "relay": { "listening": gateway.relay.listening(), "connections": gateway.relay.len() },
+        "relay": {
+            "listening": gateway.relay.listening(),
+            "doors": gateway.relay.doors(),
+            "connections": gateway.relay.len(),
+        },
         "buffer_bytes": world.budget.used,
         "counters": world.counters,
         "refused": world.refusals.counts,

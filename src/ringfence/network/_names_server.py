@@ -4,6 +4,9 @@ It answers the network's own names, refuses what no rule lets a machine reach, a
 name servers for the rest. Addresses that it answers for a name that a rule is about go into that
 rule's set of the packet filter before the machine hears of them, so that the rule holds for them.
 
+Where the packet filter tells machines by their links (on a LAN), each comes by a door: a port of
+the host's address that nothing but its link leads to.
+
 Uses nothing but the standard library, so that it starts fast and stays small.
 Source: RFC 1035, RFC 7766; ``nft(8)``.
 """
@@ -16,105 +19,32 @@ import json
 import os
 import secrets
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
-_PORT = 53
+if TYPE_CHECKING or __package__:
+    from ringfence.network import _names_messages as dns
+else:
+    # The program is a file, not part of the package, which would take longer to import.
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+    import _names_messages as dns
+
 _ASK_TIMEOUT_S = 3.0
 _IDLE_S = 10.0
 _MAX_ASKED = 512
 _MAX_STREAMS = 128
 _MAX_MESSAGE = 65535
 _REFUSED, _FAILED = 5, 2
-_A, _AAAA = 1, 28
 _TTL_S = 5
 # Programs keep addresses longer than they should.
 _LEAST_S, _MOST_S = 300, 86400
 _KEPT_REFUSALS = 256
 
 Json = dict[str, object]
-
-
-class MalformedError(ValueError):
-    """A message that is none."""
-
-
-def read_name(message: bytes, at: int) -> tuple[str, int]:
-    """The name at a place in a message, and where it ends.
-
-    Raises:
-        MalformedError: It is.
-    """
-    labels: list[str] = []
-    end, jumps = 0, 0
-    while True:
-        if at >= len(message):
-            raise MalformedError
-        size = message[at]
-        if size >= 0xC0:
-            if at + 1 >= len(message) or jumps > 32:
-                raise MalformedError
-            end = end or at + 2
-            at, jumps = (size & 0x3F) << 8 | message[at + 1], jumps + 1
-            continue
-        if size > 63 or at + 1 + size > len(message):
-            raise MalformedError
-        at += 1 + size
-        if not size:
-            return ".".join(labels).lower(), end or at
-        labels.append(message[at - size : at].decode("latin-1"))
-        if len(labels) > 127:
-            raise MalformedError
-
-
-def question(message: bytes) -> tuple[str, int, int]:
-    """The name, the type and the end of a message's one question.
-
-    Raises:
-        MalformedError: It is.
-    """
-    if len(message) < 17 or struct.unpack_from(">H", message, 4)[0] != 1:
-        raise MalformedError
-    name, end = read_name(message, 12)
-    if end + 4 > len(message):
-        raise MalformedError
-    return name, struct.unpack_from(">H", message, end)[0], end + 4
-
-
-def addresses(message: bytes) -> list[tuple[str, int]]:
-    """The addresses in an answer, with how long they hold in seconds.
-
-    Raises:
-        MalformedError: It is.
-    """
-    found = []
-    _, _, at = question(message)
-    for _ in range(struct.unpack_from(">H", message, 6)[0]):
-        _, at = read_name(message, at)
-        if at + 10 > len(message):
-            raise MalformedError
-        kind, _, ttl, size = struct.unpack_from(">HHIH", message, at)
-        data = message[at + 10 : at + 10 + size]
-        at += 10 + size
-        if (kind, len(data)) in ((_A, 4), (_AAAA, 16)):
-            found.append((str(ipaddress.ip_address(data)), ttl))
-    return found
-
-
-def reply(query: bytes, end: int, code: int, records: bytes = b"", count: int = 0) -> bytes:
-    """An answer of our own to a query whose question ends there."""
-    flags = 0x8080 | (query[2] << 8 & 0x0100) | code
-    return query[:2] + struct.pack(">HHHHH", flags, 1, count, 0, 0) + query[12:end] + records
-
-
-def has(domain: str, name: str) -> bool:
-    """Whether a rule's domain is about a name."""
-    if domain.startswith("*."):
-        return name.endswith(domain[1:]) and len(name) > len(domain) - 1
-    return name == domain
 
 
 class Names:
@@ -140,6 +70,20 @@ class Names:
         """The addresses that it serves."""
         return self._list("listen")
 
+    def doors(self) -> dict[str, list[str]]:
+        """By each machine that comes by sockets of its own, the addresses that these are at."""
+        return self._map("doors")  # type: ignore[return-value]
+
+    def write_doors(self, found: dict[str, list[str]]) -> None:
+        """Writes down which ports the doors have, and of which configuration that is true."""
+        self._write("names-doors.json", {"token": self._config.get("token"), "doors": found})
+
+    def _write(self, name: str, document: object) -> None:
+        path = os.path.join(self._folder, name)  # noqa: PTH118
+        with open(path + ".new", "w", encoding="utf-8") as file:  # noqa: PTH123
+            json.dump(document, file)
+        os.replace(path + ".new", path)  # noqa: PTH105
+
     def _list(self, key: str) -> list[str]:
         found = self._config.get(key)
         return found if isinstance(found, list) else []
@@ -148,15 +92,15 @@ class Names:
         found = self._config.get(key)
         return found if isinstance(found, dict) else {}
 
-    def _policies(self, source: str) -> list[dict[str, object]]:
-        keys = ["net", self._map("machines").get(source)]
+    def _policies(self, who: str) -> list[dict[str, object]]:
+        keys = ["net", self._map("machines").get(who)]
         found = [self._map("policies").get(str(key)) for key in keys if key]
         return [one for one in found if isinstance(one, dict)]
 
-    def _why_not(self, source: str, name: str) -> str | None:
-        for policy in self._policies(source):
+    def _why_not(self, who: str, name: str) -> str | None:
+        for policy in self._policies(who):
             rules = policy["rules"]
-            about = [rule for rule in rules if has(rule["domain"], name)]  # type: ignore[attr-defined]
+            about = [rule for rule in rules if dns.has(rule["domain"], name)]  # type: ignore[attr-defined]
             if any(rule["action"] == "deny" and not rule["narrow"] for rule in about):
                 return "denied"
             allowed = any(rule["action"] == "allow" for rule in about)
@@ -164,10 +108,20 @@ class Names:
                 return "not-allowed"
         return None
 
-    async def answer(self, query: bytes, source: str, *, stream: bool) -> bytes | None:
-        """The answer to a query; None for what deserves none."""
+    async def answer(
+        self, query: bytes, source: str, *, stream: bool, door: str = ""
+    ) -> bytes | None:
+        """The answer to a query; None for what deserves none.
+
+        Args:
+            query: It.
+            source: The address that it is from.
+            stream: It came by TCP.
+            door: The machine whose door it came by.
+        """
+        who = door or source
         try:
-            name, kind, end = question(query)
+            name, kind, end = dns.question(query)
         except (ValueError, struct.error):
             return None
         # An answer, or another kind of question.
@@ -175,23 +129,25 @@ class Names:
             return None
         own = self._map("names").get(name)
         if isinstance(own, list):
+            with suppress(OSError):
+                await self._pin(who, name, [(str(one), _LEAST_S) for one in own])
             return self._own(query, kind, end, own)
-        reason = self._why_not(source, name)
+        reason = self._why_not(who, name)
         if reason is not None:
-            self._refuse(source, name, reason)
-            return reply(query, end, _REFUSED)
+            self._refuse(source, door, name, reason)
+            return dns.reply(query, end, _REFUSED)
         if self._asked >= _MAX_ASKED:
             return None
         self._asked += 1
         try:
-            heard = await self._ask(query, end, source, stream=stream)
+            heard = await self._ask(query, end, who, stream=stream)
             if heard is not None:
-                await self._pin(source, name, addresses(heard))
+                await self._pin(who, name, dns.addresses(heard))
         except (ValueError, struct.error, OSError):
             heard = None
         finally:
             self._asked -= 1
-        return heard or reply(query, end, _FAILED)
+        return heard or dns.reply(query, end, _FAILED)
 
     @staticmethod
     def _own(query: bytes, kind: int, end: int, own: list[str]) -> bytes:
@@ -199,19 +155,19 @@ class Names:
         count = 0
         for text in own:
             packed = ipaddress.ip_address(text).packed
-            if kind == (_A if len(packed) == 4 else _AAAA):
+            if kind == (dns.A if len(packed) == 4 else dns.AAAA):
                 records += struct.pack(">HHHIH", 0xC00C, kind, 1, _TTL_S, len(packed)) + packed
                 count += 1
-        return reply(query, end, 0, records, count)
+        return dns.reply(query, end, 0, records, count)
 
-    async def _ask(self, query: bytes, end: int, source: str, *, stream: bool) -> bytes | None:
-        own = self._map("servers_of").get(source)
+    async def _ask(self, query: bytes, end: int, who: str, *, stream: bool) -> bytes | None:
+        own = self._map("servers_of").get(who)
         servers = own if isinstance(own, list) else self._list("servers")
         fresh = secrets.token_bytes(2)
         sent = fresh + query[2:]
         for server in servers:
             try:
-                asking = _ask_stream if stream else _ask_datagram
+                asking = dns.ask_stream if stream else dns.ask_datagram
                 heard = await asyncio.wait_for(asking(server, sent), _ASK_TIMEOUT_S)
             except (OSError, TimeoutError, asyncio.IncompleteReadError):
                 continue
@@ -220,19 +176,19 @@ class Names:
                 return query[:2] + heard[2:]
         return None
 
-    async def _pin(self, source: str, name: str, found: list[tuple[str, int]]) -> None:
+    async def _pin(self, who: str, name: str, found: list[tuple[str, int]]) -> None:
         now = time.monotonic()
         lines = []
-        for policy in self._policies(source):
+        for policy in self._policies(who):
             for rule in policy["rules"]:  # type: ignore[attr-defined]
-                if not has(rule["domain"], name):
+                if not dns.has(rule["domain"], name):
                     continue
                 for address, ttl in found:
                     keep = min(max(ttl, _LEAST_S), _MOST_S)
                     where = f"{rule['pins']}_{6 if ':' in address else 4}"
                     if self._pinned.get((where, address), 0.0) >= now + keep / 2:
                         continue
-                    element = f"element inet {self._config['table']} {where}"
+                    element = f"element {self._config['family']} {self._config['table']} {where}"
                     timed = f"add {element} {{ {address} timeout {keep}s }}"
                     # An element that is there keeps its time unless it is taken away first.
                     lines += [timed, f"delete {element} {{ {address} }}", timed]
@@ -251,13 +207,15 @@ class Names:
             self._pinned.clear()
             raise OSError(program.returncode, "the packet filter refuses an address")
 
-    def _refuse(self, source: str, name: str, reason: str) -> None:
+    def _refuse(self, source: str, door: str, name: str, reason: str) -> None:
         for one in self._refused:
             if (one["address"], one["destination"], one["reason"]) == (source, name, reason):
                 one["time"], one["packets"] = time.time(), int(str(one["packets"])) + 1
                 break
         else:
             fields = {"address": source, "transport": "dns", "destination": name, "reason": reason}
+            if door:
+                fields["port"] = door
             self._refused.append({"time": time.time(), **fields, "packets": 1})
             del self._refused[:-_KEPT_REFUSALS]
             sys.stderr.write(f"{source} asked for {name!r}: {reason}\n")
@@ -269,51 +227,13 @@ class Names:
     def write_refusals(self) -> None:
         """Writes down what was refused, for others to see."""
         self._written = time.monotonic()
-        path = os.path.join(self._folder, "names-refused.json")  # noqa: PTH118
-        with open(path + ".new", "w", encoding="utf-8") as file:  # noqa: PTH123
-            json.dump(self._refused, file)
-        os.replace(path + ".new", path)  # noqa: PTH105
-
-
-class _Heard(asyncio.DatagramProtocol):
-    def __init__(self, future: asyncio.Future[bytes]) -> None:
-        self._future = future
-
-    def datagram_received(self, data: bytes, _: object) -> None:
-        if not self._future.done():
-            self._future.set_result(data)
-
-    def error_received(self, error: Exception) -> None:
-        if not self._future.done():
-            self._future.set_exception(error)
-
-
-async def _ask_datagram(server: str, query: bytes) -> bytes:
-    loop = asyncio.get_running_loop()
-    heard: asyncio.Future[bytes] = loop.create_future()
-    transport, _ = await loop.create_datagram_endpoint(
-        lambda: _Heard(heard), remote_addr=(server, _PORT)
-    )
-    try:
-        transport.sendto(query)
-        return await heard
-    finally:
-        transport.close()
-
-
-async def _ask_stream(server: str, query: bytes) -> bytes:
-    reader, writer = await asyncio.open_connection(server, _PORT)
-    try:
-        writer.write(struct.pack(">H", len(query)) + query)
-        size = struct.unpack(">H", await reader.readexactly(2))[0]
-        return await reader.readexactly(size)
-    finally:
-        writer.close()
+        self._write("names-refused.json", self._refused)
 
 
 class _Datagrams(asyncio.DatagramProtocol):
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: Names, door: str) -> None:
         self._names = names
+        self._door = door
         self._jobs: set[asyncio.Task[None]] = set()
         self._transport: asyncio.DatagramTransport | None = None
 
@@ -327,14 +247,15 @@ class _Datagrams(asyncio.DatagramProtocol):
             job.add_done_callback(self._jobs.discard)
 
     async def _serve(self, data: bytes, peer: tuple[str, int]) -> None:
-        answer = await self._names.answer(data, peer[0], stream=False)
+        answer = await self._names.answer(data, peer[0], stream=False, door=self._door)
         if answer is not None and self._transport is not None:
             self._transport.sendto(answer, peer)
 
 
 class _Streams:
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: Names, door: str) -> None:
         self._names = names
+        self._door = door
         self._open = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -345,7 +266,7 @@ class _Streams:
                 head = await asyncio.wait_for(reader.readexactly(2), _IDLE_S)
                 size = struct.unpack(">H", head)[0]
                 query = await asyncio.wait_for(reader.readexactly(size), _IDLE_S)
-                answer = await self._names.answer(query, peer, stream=True)
+                answer = await self._names.answer(query, peer, stream=True, door=self._door)
                 if answer is None or len(answer) > _MAX_MESSAGE:
                     break
                 writer.write(struct.pack(">H", len(answer)) + answer)
@@ -357,21 +278,83 @@ class _Streams:
             writer.close()
 
 
+class _Listening:
+    """An address that is served, by both transports at one port; any that is free when 0."""
+
+    def __init__(self, stream: asyncio.Server, datagrams: asyncio.BaseTransport) -> None:
+        self._served = (stream, datagrams)
+        self.port = int(stream.sockets[0].getsockname()[1])
+
+    @classmethod
+    async def start(cls, names: Names, address: str, port: int, door: str = "") -> _Listening:
+        streams = _Streams(names, door)
+        stream = await asyncio.start_server(streams.serve, address, port, limit=1 << 17)
+        port = int(stream.sockets[0].getsockname()[1])
+        try:
+            datagrams, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+                lambda: _Datagrams(names, door), local_addr=(address, port)
+            )
+        except OSError:
+            stream.close()
+            raise
+        return cls(stream, datagrams)
+
+    def close(self) -> None:
+        for one in self._served:
+            one.close()
+
+
+class _Doors:
+    """Sockets by which one machine alone comes, kept as the configuration has them."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+        self._open: dict[tuple[str, str], _Listening] = {}
+        self._lock = asyncio.Lock()
+
+    async def settle(self) -> None:
+        """Opens those that are new, closes those that are gone, and writes down where all are."""
+        async with self._lock:
+            wanted = self._names.doors()
+            keys = {(door, address) for door, own in wanted.items() for address in own}
+            for key in self._open.keys() - keys:
+                self._open.pop(key).close()
+            found: dict[str, list[str]] = {}
+            for door, address in sorted(keys):
+                one = self._open.get((door, address)) or await self._start(door, address)
+                if one is not None:
+                    self._open[door, address] = one
+                    where = f"[{address}]" if ":" in address else address
+                    found.setdefault(door, []).append(f"{where}:{one.port}")
+            self._names.write_doors(found)
+
+    async def _start(self, door: str, address: str) -> _Listening | None:
+        # A port that is free for one transport may be taken for the other.
+        for _ in range(16):
+            with suppress(OSError):
+                return await _Listening.start(self._names, address, 0, door)
+        return None
+
+
 async def serve(names: Names, ready: int) -> None:
     """Serves until it is ended."""
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, names.load)
-    streams = _Streams(names)
-    servers = []
-    for address in names.listening():
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        await loop.create_datagram_endpoint(
-            lambda: _Datagrams(names), local_addr=(address, _PORT), family=family
-        )
-        servers.append(await asyncio.start_server(streams.serve, address, _PORT, limit=1 << 17))
+    doors = _Doors(names)
+    jobs: set[asyncio.Task[None]] = set()
+
+    def load() -> None:
+        names.load()
+        job = loop.create_task(doors.settle())
+        jobs.add(job)
+        job.add_done_callback(jobs.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, load)
+    served = [await _Listening.start(names, address, dns.PORT) for address in names.listening()]
+    await doors.settle()
     os.write(ready, b"x")
     os.close(ready)
     await asyncio.Event().wait()
+    del served
 
 
 def main() -> None:

@@ -2,18 +2,20 @@
 
 An interface that is a bridge, or is on one, is joined. Another becomes a port of a bridge of ours
 for as long as machines are on it, and the host's addresses move there (:mod:`ringfence.network.lan`).
-The LAN tells machines their addresses; they are held to their own Ethernet address alone.
+The LAN tells machines their addresses; they are held to their own Ethernet address alone. Where
+rules are about names, the host tells those (:mod:`ringfence.network.lan_rules`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import logging
 from typing import TYPE_CHECKING
 
-from ringfence.errors import ConfigError
+from ringfence.errors import ConfigError, UnsupportedError
 from ringfence.guest.spec import InterfaceSpec
-from ringfence.network import dhcp, egress, firewall, kernel, lan, links
+from ringfence.network import dhcp, dnsmasq, firewall, kernel, lan, lan_rules, links, names, relay
 from ringfence.network.store import Store
 
 if TYPE_CHECKING:
@@ -39,7 +41,24 @@ def check(spec: NetworkSpec) -> None:
     """
     links.require_rights("bridge")
     lan.check(spec.interface)
-    egress.check_lan(spec.policy)
+    if spec.policy.about_names:
+        _doors_at(lan.master_of(spec.interface) or spec.interface)
+
+
+def _doors_at(bridge: str) -> list[str]:
+    """The host's addresses on a LAN, one of each version at most, where it tells names.
+
+    Raises:
+        UnsupportedError: It has none.
+    """
+    found = lan.own_addresses(bridge)
+    first = [next((one for one in found if (":" in one) == six), "") for six in (False, True)]
+    own = [one for one in first if one]
+    if not own:
+        message = f"rules about names need the host to tell them, and it has no address on {bridge}"
+        hint = f"ip addr add ADDRESS/PREFIX dev {bridge}; or use --network nat or user"
+        raise UnsupportedError(message, hint=hint)
+    return own
 
 
 def _record(spec: NetworkSpec) -> Path:
@@ -56,13 +75,20 @@ def join(
         UnsupportedError: A rule can't be held.
     """
     check(spec)
-    egress.check_lan(options.policy)
     if options.publish:
         message = "a machine on the LAN is reached at its own address, not at ports of the host"
         raise ConfigError(message, hint="leave --publish out, or use --network nat or user")
+    told_by: tuple[str, ...] = ()
+    if spec.policy.about_names or options.policy.about_names:
+        told_by = tuple(_doors_at(lan.master_of(spec.interface) or spec.interface))
     if lan.master_of(spec.interface) is None:
         lan.enslave(spec.interface, kernel.bridge_of(spec), _record(spec))
-    interface = _interface(kernel.bridge_of(spec), member, options, stack)
+    bridge = kernel.bridge_of(spec)
+    interface = _interface(bridge, member, options, stack)
+    if told_by:
+        interface = dataclasses.replace(interface, dns=told_by)
+    known = tuple(text.partition("/")[0] for text in interface.addresses)
+    member = dataclasses.replace(member, addresses=known)
     return kernel.plug(spec, member, kind, interface, (options, []), stack)
 
 
@@ -107,14 +133,34 @@ def _given(bridge: str, member: Member, options: AttachOptions) -> InterfaceSpec
 def settle(
     spec: NetworkSpec,
     members: Sequence[Member],
-    names: Mapping[str, list[str]],  # noqa: ARG001 - the LAN has its own name servers
+    known: Mapping[str, list[str]],
 ) -> None:
     """Holds those who are there to their own addresses and rules."""
-    if members:
-        firewall.hold(kernel.table_of(spec), spec, members)
+    if not members:
+        return
+    folder, table, bridge = Store().folder(spec.name), kernel.table_of(spec), kernel.bridge_of(spec)
+    host = lan_rules.Lan(table=table, bridge=bridge, own=lan.own_addresses(bridge))
+    # Whoever had doors keeps them: its name server is there, and maybe connections.
+    had = names.doors(folder).keys() | relay.doors(spec).keys()
+    led = {
+        name: one
+        for one in members
+        if (name := one.name or one.machine_id) in had or lan_rules.about_names(spec, one)
+    }
+    if led:
+        own = _doors_at(bridge)
+        told = {dnsmasq.HOST_NAME: own, **known}
+        doors = {name: (one, own) for name, one in led.items()}
+        # The sets that the name server fills have to be there.
+        relayed = relay.apply_doors(spec, led, own)
+        asked = names.apply_doors(folder, table, spec, doors, told)
+        host = dataclasses.replace(host, names=asked, relay=relayed)
+    lan_rules.hold(host, spec, members)
 
 
 def down(spec: NetworkSpec) -> None:
     """Takes the rules away, and gives the interface back; a bridge of the host stays."""
+    relay.stop(spec)
+    names.stop(Store().folder(spec.name))
     firewall.delete(kernel.table_of(spec))
     lan.release(_record(spec))

@@ -11,24 +11,26 @@ from __future__ import annotations
 import ipaddress
 from typing import TYPE_CHECKING
 
-from ringfence.errors import UnsupportedError
 from ringfence.network.links import link_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ringfence.network.policy import Policy, Rule
     from ringfence.network.store import Member, NetworkSpec
     from ringfence.network.tables import Table
 
 __all__ = [
+    "METADATA",
     "REASONS",
     "Owner",
     "add_chains",
     "add_inspection",
-    "add_lan_chains",
+    "add_pins",
     "add_refusals",
-    "check_lan",
+    "chain",
+    "closed",
+    "looks",
     "opened_host_ports",
     "owners",
     "pin_set",
@@ -37,14 +39,14 @@ __all__ = [
 
 REASONS = ("closed", "denied", "not_allowed", "no_name", "host", "inbound", "loopback")
 # Providers' metadata and agent addresses.
-_METADATA = {
+METADATA = {
     4: "169.254.169.254, 100.100.100.200, 168.63.129.16, 192.0.0.192",
     6: "fd00:ec2::254, fd20:ce::254",
 }
 # Link-local is never forwarded; saying so counts it.
 _CLOSED = {
-    4: f"169.254.0.0/16, {_METADATA[4].partition(', ')[2]}",
-    6: f"fe80::/10, {_METADATA[6]}",
+    4: f"169.254.0.0/16, {METADATA[4].partition(', ')[2]}",
+    6: f"fe80::/10, {METADATA[6]}",
 }
 # It hides the name that it is for.
 _QUIC = "udp dport 443"
@@ -77,9 +79,13 @@ def owners(spec: NetworkSpec, members: Sequence[Member]) -> list[Owner]:
     ]
 
 
-def pin_set(owner: Owner, index: int, version: int) -> str:
-    """The set of addresses that a rule about a name holds for."""
-    return f"pin_{owner.key}_{index}_{version}"
+def pin_set(owner: Owner, rule: Rule, version: int) -> str:
+    """The set of addresses that a rule about a name holds for.
+
+    It is the name's and not the rule's place: what was answered for one name must not be open for
+    the next rule that comes to stand there.
+    """
+    return f"{link_name('pin_', owner.key, rule.domain)}_{version}"
 
 
 def refusal_sets(reason: str) -> dict[str, str]:
@@ -124,31 +130,13 @@ def add_refusals(table: Table, network: str, *, rejects: bool) -> None:
         table.chain(f"refuse_{reason}", rules)
 
 
-def check_lan(policy: Policy) -> None:
-    """Checks that the rules can be held on a LAN, which has its own name servers.
-
-    Raises:
-        UnsupportedError: One is about a name.
-    """
-    for rule in policy.rules:
-        if rule.domain:
-            message = f"the rule {str(rule)!r} is about a name, and a LAN has its own name servers"
-            hint = "use --network nat or user, or a rule about addresses"
-            raise UnsupportedError(message, hint=hint)
-
-
-def add_lan_chains(table: Table, number: int, both: Sequence[Owner]) -> None:
-    """Adds a chain ``egress_NUMBER`` for a machine on a LAN: the network's rules and its own.
-
-    Link-local addresses belong to the LAN.
-    """
-    table.chain(f"closed_{number}", _closed(both, _METADATA))
-    rules = [f"jump closed_{number}"]
-    for owner in both:
-        name = f"{owner.key}_{number}"
-        table.chain(name, _chain(owner, "return"))
-        rules.append(f"jump {name}")
-    table.chain(f"egress_{number}", rules)
+def add_pins(table: Table, everyone: Sequence[Owner]) -> None:
+    """Adds the sets of addresses that were answered for the names that rules are about."""
+    for owner in everyone:
+        for rule in owner.policy.rules:
+            if rule.domain:
+                for version, address in _ADDRESS.items():
+                    table.sets[pin_set(owner, rule, version)] = f"type {address}; {_PINS}"
 
 
 def add_chains(table: Table, everyone: Sequence[Owner]) -> None:
@@ -158,36 +146,33 @@ def add_chains(table: Table, everyone: Sequence[Owner]) -> None:
         table: Gets them.
         everyone: The network first.
     """
-    for owner in everyone:
-        for index, rule in enumerate(owner.policy.rules):
-            if rule.domain:
-                for version, address in _ADDRESS.items():
-                    table.sets[pin_set(owner, index, version)] = f"type {address}; {_PINS}"
-    table.chain("closed_addresses", _closed(everyone, _CLOSED))
+    add_pins(table, everyone)
+    table.chain("closed_addresses", closed(everyone, _CLOSED))
     network, *machines = everyone
     egress = ["jump closed_addresses"]
     for owner in machines:
         if owner.policy.says_something:
-            table.chain(f"own_{owner.key}", _chain(owner, "return"))
+            table.chain(f"own_{owner.key}", chain(owner, "return"))
             egress += [
                 f"{_family(address)} saddr {address} jump own_{owner.key}"
                 for address in owner.addresses
             ]
-    table.chain("egress", [*egress, *_chain(network, "accept")])
+    table.chain("egress", [*egress, *chain(network, "accept")])
 
 
 def _family(address: str) -> str:
     return "ip6" if ":" in address else "ip"
 
 
-def _closed(everyone: Sequence[Owner], closed: dict[int, str]) -> Iterator[str]:
+def closed(everyone: Sequence[Owner], addresses: Mapping[int, str]) -> Iterator[str]:
+    """Rules that keep from addresses, but for what somebody's rules open."""
     for owner in everyone:
         for rule in owner.policy.rules:
             if rule.action == "allow" and _is_closed(rule.cidr):
                 for where in _sources(owner, rule.cidr):
                     yield from (f"{where}{line}" for line in _about(rule, (rule.cidr,), "return"))
     for version, family in _FAMILY.items():
-        yield f"{family} daddr {{ {closed[version]} }} jump refuse_closed"
+        yield f"{family} daddr {{ {addresses[version]} }} jump refuse_closed"
 
 
 def _sources(owner: Owner, cidr: str) -> list[str]:
@@ -210,9 +195,9 @@ def _is_closed(cidr: str) -> bool:
 def _ordered(owner: Owner, action: str) -> Iterator[tuple[Rule, list[str]]]:
     """An owner's rules, those about addresses first, with what each is about."""
     named = []
-    for index, rule in enumerate(owner.policy.rules):
+    for rule in owner.policy.rules:
         if rule.action == action and rule.domain:
-            named.append((rule, [f"@{pin_set(owner, index, version)}" for version in _FAMILY]))
+            named.append((rule, [f"@{pin_set(owner, rule, version)}" for version in _FAMILY]))
         elif rule.action == action:
             yield rule, [rule.cidr]
     yield from named
@@ -222,7 +207,7 @@ def _denies_names(owner: Owner) -> bool:
     return any(rule.action == "deny" and rule.domain for rule in owner.policy.rules)
 
 
-def _chain(owner: Owner, admit: str, refuse: str = "") -> Iterator[str]:
+def chain(owner: Owner, admit: str, refuse: str = "") -> Iterator[str]:
     """Rules as a chain that ends in ``admit``, or in ``refuse`` (the reason's chain when empty)."""
     for rule, subjects in _ordered(owner, "deny"):
         yield from _about(rule, subjects, refuse or "jump refuse_denied")
@@ -248,11 +233,11 @@ def add_inspection(table: Table, everyone: Sequence[Owner], relayed_by: Sequence
         relayed_by: Where to, at most one address of each version.
     """
     inspect = [f"{_FAMILY[n]} daddr {{ {_CLOSED[n]} }} accept" for n in _FAMILY]
-    for step, chain in (("admits", _admits), ("looks", _looks)):
+    for step, rules_of in (("admits", _admits), ("looks", looks)):
         for owner in everyone:
             if owner.policy.says_something:
                 name = f"{step}_{owner.key}"
-                table.chain(name, chain(owner))
+                table.chain(name, rules_of(owner))
                 sources = [f"{_family(one)} saddr {one} " for one in owner.addresses] or [""]
                 inspect += [f"{source}jump {name}" for source in sources]
     table.chain("inspect", inspect)
@@ -264,15 +249,16 @@ def add_inspection(table: Table, everyone: Sequence[Owner], relayed_by: Sequence
 
 
 def _admits(owner: Owner) -> Iterator[str]:
-    return _chain(owner, "return", "accept")
+    return chain(owner, "return", "accept")
 
 
-def _looks(owner: Owner) -> Iterator[str]:
+def looks(owner: Owner, relay: str = "relay") -> Iterator[str]:
+    """Rules that jump to ``relay`` for what has to show its name, of what is admitted."""
     if _denies_names(owner):
-        yield "jump relay"
+        yield f"jump {relay}"
     elif owner.policy.refuses_by_default:
         for rule, subjects in _ordered(owner, "allow"):
-            yield from _about(rule, subjects, "jump relay" if rule.domain else "return")
+            yield from _about(rule, subjects, f"jump {relay}" if rule.domain else "return")
 
 
 def _family_of(subject: str) -> str:

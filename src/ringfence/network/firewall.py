@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ringfence.network.store import Member, NetworkSpec
 
-__all__ = ["Passage", "apply", "counters", "delete", "hold", "refusals"]
+__all__ = ["Passage", "apply", "counters", "delete", "own_addresses", "refusals"]
 
 delete = tables.delete
 _FIRST = "type filter hook prerouting priority -300; policy accept;"
@@ -89,37 +89,7 @@ def apply(
         strange = f'iifname "{bridge}" meta l4proto tcp fib daddr type != local'
         inet.chains["prerouting"].append(f"{strange} jump inspect")
         _translate_relayed(inet, bridge, spec, members)
-    tables.write(inet, _own_addresses(table, members))
-
-
-def hold(table: str, spec: NetworkSpec, members: Sequence[Member]) -> None:
-    """Writes the table of a LAN's machines: their own addresses, their bandwidth, their rules.
-
-    Raises:
-        HostError: The kernel refuses.
-        UnsupportedError: A rule can't be held here.
-    """
-    held = _own_addresses(table, members)
-    egress.add_refusals(held, spec.name, rejects=False)
-    held.counters = (*held.counters, "spoofed")
-    for number, member in enumerate(members):
-        # By its link: a LAN's machine has addresses that we don't know.
-        owners = [egress.Owner("net", spec.policy), egress.Owner(f"m{number}", member.policy)]
-        egress.add_lan_chains(held, number, owners)
-        held.chain(f"begins_{number}", [*_BEGINS, f"jump egress_{number}"])
-        held.chains[f"machine_{number}"].append(f"jump begins_{number}")
-    tables.write(held)
-
-
-# What a machine begins by itself; the rest answers others, or keeps the link going.
-_BEGINS = (
-    "ether type != { ip, ip6 } return",
-    "meta l4proto tcp tcp flags & (syn | ack) != syn return",
-    "meta l4proto icmp icmp type != echo-request return",
-    "meta l4proto ipv6-icmp icmpv6 type != echo-request return",
-    "udp sport 68 udp dport 67 return",
-    "udp sport 546 udp dport 547 return",
-)
+    tables.write(inet, own_addresses(table, members))
 
 
 def counters(table: str) -> dict[str, int]:
@@ -255,8 +225,12 @@ def _published(member: Member) -> Iterator[str]:
             yield (f"{version} {where}{port.transport} dport {port.host} dnat {family} to {target}")
 
 
-def _own_addresses(table: str, members: Sequence[Member]) -> Table:
-    """Holds each machine to its own addresses, to being no router and no DHCP server."""
+def own_addresses(table: str, members: Sequence[Member]) -> Table:
+    """Holds each machine to its own addresses, to being no router and no DHCP server.
+
+    Returns:
+        A table with a chain ``machine_NUMBER`` for each; what it lets through is accepted.
+    """
     held = Table(family="bridge", name=table, counters=("spoofed",))
     held.chain("refuse_spoofed", ["counter name spoofed", "drop"])
     jumps, limits = [], []

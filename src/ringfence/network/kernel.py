@@ -64,7 +64,7 @@ def refusals(spec: NetworkSpec) -> dict[str, object]:
     recent = firewall.refusals(table_of(spec)) + names.refusals(Store().folder(spec.name))
     relayed, passed_on = relay.refusals(spec)
     for one in recent:
-        one["port"] = owner.get(str(one["address"]), one["address"])
+        one.setdefault("port", owner.get(str(one["address"]), one["address"]))
     recent += passed_on
     recent.sort(key=lambda one: float(str(one["time"])))
     counts: dict[str, int] = {}

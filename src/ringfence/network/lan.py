@@ -22,7 +22,7 @@ from ringfence.errors import HostError, NotFoundError, UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["address_on", "check", "enslave", "master_of", "release", "router_on"]
+__all__ = ["address_on", "check", "enslave", "master_of", "own_addresses", "release", "router_on"]
 
 _SYS = Path("/sys/class/net")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -205,6 +205,11 @@ def address_on(bridge: str, text: str) -> str | None:
         if ipaddress.ip_address(text) in own.network:
             return f"{text}/{own.network.prefixlen}"
     return None
+
+
+def own_addresses(bridge: str) -> list[str]:
+    """The host's own addresses on a LAN, but for link-local ones."""
+    return [str(one["local"]) for one in _addresses(bridge)]
 
 
 def router_on(bridge: str, version: int) -> str | None:

@@ -203,10 +203,17 @@ def set_machine_policy(machine_id: str, policy: Policy) -> list[str]:
             for member in _living(store, name):
                 if member.machine_id == machine_id:
                     fresh = dataclasses.replace(member, **policy.written())  # type: ignore[arg-type]
-                    store.rewrite(name, fresh)
-                    mode_of(spec).settle(spec, _living(store, name), _names(store, name))
+                    with ExitStack() as undo:
+                        undo.callback(_settle_as, store, spec, member)
+                        _settle_as(store, spec, fresh)
+                        undo.pop_all()
                     changed.append(name)
     return changed
+
+
+def _settle_as(store: Store, spec: NetworkSpec, member: Member) -> None:
+    store.rewrite(spec.name, member)
+    mode_of(spec).settle(spec, _living(store, spec.name), _names(store, spec.name))
 
 
 def _heal_one(store: Store, spec: NetworkSpec) -> None:

@@ -1,13 +1,20 @@
-"""The name server of a network of the host's kernel that has rules about names: started, told, ended."""
+"""The name server of a network of the host's kernel that has rules about names: started, told, ended.
+
+In a network of its own it has the host's address and port 53. On a LAN those belong to the LAN:
+there each machine has a door, a port of the host's address that the packet filter leads what the
+machine asks to, whomever it asks (:mod:`ringfence.network.lan_rules`).
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -16,16 +23,18 @@ from ringfence.errors import HostError
 from ringfence.network import addresses, dnsmasq, egress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ringfence.network.dnsmasq import Serving
     from ringfence.network.egress import Owner
     from ringfence.network.store import Member, NetworkSpec
 
-__all__ = ["apply", "refusals", "stop"]
+__all__ = ["apply", "apply_doors", "doors", "refusals", "stop"]
 
 _PROGRAM = Path(__file__).with_name("_names_server.py")
-_FILES = ("names.pid", "names.json", "names.log", "names-refused.json")
+_DOORS = "names-doors.json"
+_FILES = ("names.pid", "names.json", "names.log", "names-refused.json", _DOORS)
+_READ_S = 5.0
 
 
 def _document(
@@ -34,13 +43,20 @@ def _document(
     everyone = egress.owners(spec, members)
     names = {name.lower(): own for name, own in serving.known.items()}
     return {
-        "table": table,
-        "nft": shutil.which("nft") or "/usr/sbin/nft",
+        **_common("inet", table, everyone),
         "listen": list(serving.first),
         "servers": addresses.host_nameservers() if serving.routed else [],
         "servers_of": {ip: list(one.dns) for one in members if one.dns for ip in one.addresses},
         "names": {**names, dnsmasq.HOST_NAME: list(serving.first)},
         "machines": {ip: owner.key for owner in everyone for ip in owner.addresses},
+    }
+
+
+def _common(family: str, table: str, everyone: Sequence[Owner]) -> dict[str, object]:
+    return {
+        "family": family,
+        "table": table,
+        "nft": shutil.which("nft") or "/usr/sbin/nft",
         "policies": {owner.key: _policy(owner) for owner in everyone},
     }
 
@@ -52,9 +68,9 @@ def _policy(owner: Owner) -> dict[str, object]:
             "action": rule.action,
             "domain": rule.domain,
             "narrow": bool(rule.ports or rule.transport),
-            "pins": egress.pin_set(owner, index, 4).removesuffix("_4"),
+            "pins": egress.pin_set(owner, rule, 4).removesuffix("_4"),
         }
-        for index, rule in enumerate(policy.rules)
+        for rule in policy.rules
         if rule.domain
     ]
     return {"closed": policy.refuses_by_default and not policy.resolve_all, "rules": rules}
@@ -66,9 +82,66 @@ def apply(serving: Serving, table: str, spec: NetworkSpec, members: Sequence[Mem
     Raises:
         HostError: It can't be started.
     """
-    folder = serving.folder
+    _tell(serving.folder, _document(serving, table, spec, members))
+
+
+def doors(folder: Path) -> dict[str, list[str]]:
+    """By machines' names where their doors were when they were told last."""
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / _DOORS).read_text())
+        return cast("dict[str, list[str]]", found["doors"])
+    return {}
+
+
+def apply_doors(
+    folder: Path,
+    table: str,
+    spec: NetworkSpec,
+    machines: Mapping[str, tuple[Member, Sequence[str]]],
+    known: Mapping[str, list[str]],
+) -> dict[str, list[str]]:
+    """Likewise on a LAN, where each machine that is served has doors of its own.
+
+    Args:
+        folder: For files.
+        table: Whose sets get the addresses that are answered.
+        spec: The network.
+        machines: Those that are served by their names, each with the host's addresses that its doors are at.
+        known: The names that are answered.
+
+    Returns:
+        By machines' names where their doors are: ``ADDRESS:PORT`` or ``[ADDRESS]:PORT``.
+
+    Raises:
+        HostError: It can't be started.
+    """
+    network, *everyone = egress.owners(spec, [member for member, _ in machines.values()])
+    token = secrets.token_hex(8)
+    document = {
+        **_common("bridge", table, [network, *everyone]),
+        "listen": [],
+        "servers": addresses.host_nameservers(),
+        "servers_of": {name: list(one.dns) for name, (one, _) in machines.items() if one.dns},
+        "names": {name.lower(): own for name, own in known.items() if own},
+        "machines": {name: owner.key for name, owner in zip(machines, everyone, strict=True)},
+        "doors": {name: list(own) for name, (_, own) in machines.items()},
+        "token": token,
+    }
+    _tell(folder, document)
+    deadline = time.monotonic() + _READ_S
+    while time.monotonic() < deadline:
+        with suppress(OSError, ValueError):
+            found = json.loads((folder / _DOORS).read_text())
+            if found["token"] == token:
+                return cast("dict[str, list[str]]", found["doors"])
+        time.sleep(0.002)
+    message = "the network's name server doesn't answer"
+    raise HostError(message, hint=f"its last words are in {folder / 'names.log'}")
+
+
+def _tell(folder: Path, document: Mapping[str, object]) -> None:
     fresh = folder / ".names.json"
-    fresh.write_text(json.dumps(_document(serving, table, spec, members)))
+    fresh.write_text(json.dumps(document))
     fresh.rename(folder / "names.json")
     pid = dnsmasq.running(folder, "names.pid")
     if pid is not None:

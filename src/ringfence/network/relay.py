@@ -16,14 +16,16 @@ from ringfence.errors import HostError, StateError
 from ringfence.network import addresses, gateway, user
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ringfence.network.gateway import Gateway
     from ringfence.network.store import Member, NetworkSpec
 
-__all__ = ["apply", "refusals", "stop", "tags"]
+__all__ = ["apply", "apply_doors", "doors", "refusals", "stop", "tags"]
 
 _BACKLOG = 1024
+# Descriptors in one message are few.
+_DOORS_AT_ONCE = 12
 # Values of a packet's DSCP but for the usual one (RFC 2474).
 _TAGS = 63
 
@@ -45,9 +47,8 @@ def apply(spec: NetworkSpec, members: Sequence[Member], first: Sequence[str]) ->
     tagged = tags(spec, members)
     machines = [
         {
-            "name": one.name or one.machine_id,
+            **_machine(one),
             "addresses": list(one.addresses),
-            "policy": one.policy.document() if one.policy.says_something else None,
             "tag": tagged.get(one.machine_id),
         }
         for one in members
@@ -61,6 +62,64 @@ def apply(spec: NetworkSpec, members: Sequence[Member], first: Sequence[str]) ->
         running.call("set_policy", spec.policy.document())
         running.call("set_relay", {"listen": [*range(len(fds))], "machines": machines}, fds)
         return listening or _listening(running)
+
+
+def _machine(one: Member) -> dict[str, object]:
+    policy = one.policy.document() if one.policy.says_something else None
+    return {"name": one.name or one.machine_id, "policy": policy}
+
+
+def doors(spec: NetworkSpec) -> dict[str, list[str]]:
+    """By machines' names where the relay takes their connections alone; none if it doesn't run."""
+    with suppress(StateError), gateway.connect(user.control_path(spec.name)) as running:
+        return _doors(running)
+    return {}
+
+
+def apply_doors(
+    spec: NetworkSpec, machines: Mapping[str, Member], own: Sequence[str]
+) -> dict[str, list[str]]:
+    """Tells the relay of a LAN's machines, each of which comes by doors of its own.
+
+    Args:
+        spec: The network.
+        machines: Those whose connections are looked at, by their names.
+        own: The host's addresses, at most one of each version.
+
+    Returns:
+        By machines' names where their doors are: ``ADDRESS:PORT`` or ``[ADDRESS]:PORT``.
+
+    Raises:
+        HostError: It can't be started.
+    """
+    if any(_hosts(at) != set(own) for at in doors(spec).values()):
+        # The host has moved, and what passed by its old addresses has ended.
+        stop(spec)
+    with _running(spec) as running:
+        running.call("set_policy", spec.policy.document())
+        known = _doors(running)
+        fresh = [(name, address) for name in machines if name not in known for address in own]
+        while True:
+            now, fresh = fresh[:_DOORS_AT_ONCE], fresh[_DOORS_AT_ONCE:]
+            _open_doors(running, machines, now)
+            if not fresh:
+                return _doors(running)
+
+
+def _open_doors(
+    running: Gateway, machines: Mapping[str, Member], fresh: Sequence[tuple[str, str]]
+) -> None:
+    told = {name: {**_machine(one), "listen": []} for name, one in machines.items()}
+    with ExitStack() as stack:
+        fds: list[int] = []
+        for name, address in fresh:
+            cast("list[int]", told[name]["listen"]).append(len(fds))
+            fds.append(stack.enter_context(_listener(address)).fileno())
+        running.call("set_relay", {"machines": list(told.values())}, fds)
+
+
+def _hosts(doors: Sequence[str]) -> set[str]:
+    return {at.rpartition(":")[0].removeprefix("[").removesuffix("]") for at in doors}
 
 
 def tags(spec: NetworkSpec, members: Sequence[Member]) -> dict[str, int]:
@@ -91,6 +150,11 @@ def _document(spec: NetworkSpec) -> dict[str, object]:
     for net in map(ipaddress.ip_network, spec.subnets):
         document[f"ipv{net.version}"] = f"{net[1]}/{net.prefixlen}"
     return document
+
+
+def _doors(running: Gateway) -> dict[str, list[str]]:
+    relay = cast("dict[str, dict[str, list[str]]]", running.status()["relay"])
+    return relay["doors"]
 
 
 def _listening(running: Gateway) -> list[str]:

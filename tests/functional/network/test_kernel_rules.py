@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ringfence.errors import UnsupportedError
-from ringfence.network import Policy, Rate, addresses, attach, manage
+from ringfence.network import Policy, Rate, addresses, manage
 from ringfence.network.capture import capture
 from ringfence.network.kernel import bridge_of, describe, refusals
 from ringfence.network.store import NetworkSpec, Store
@@ -23,7 +22,6 @@ from tests.functional.network.test_user import ask, ask_udp, resolve
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.framework.networks import Peer
@@ -140,6 +138,44 @@ def test_host_only_has_rules(make_guest: MakeGuest) -> None:
         port = server.getsockname()[1]
         one = make_guest("host-only", dns=(), policy=Policy(default="deny"))
         assert ask(one, one.attachment.interface.dns[0], port) == "ConnectionRefusedError"
+
+
+def test_host_only_has_rules_about_the_names_that_it_tells(
+    make_guest: MakeGuest, peer: Peer
+) -> None:
+    """The host's own and the machines' names; others aren't told there, and lead nowhere."""
+    with (
+        socket.create_server(("0.0.0.0", 0)) as open_one,  # noqa: S104 - for the guest
+        socket.create_server(("0.0.0.0", 0)) as closed_one,  # noqa: S104
+    ):
+        port, other = (one.getsockname()[1] for one in (open_one, closed_one))
+        host = "host.ringfence.internal"
+        one = make_guest(
+            "host-only", dns=(), policy=Policy(allow=[f"{host}:{port}", "good.example"])
+        )
+        two = make_guest("host-only", name="two", dns=(), policy=Policy(deny=[f"{host}:{other}"]))
+        own = one.attachment.interface.dns[0]
+        assert ask(one, own, port) == "ConnectionRefusedError"
+        assert resolve(one, host)[0] == own
+        assert _opens(one, own, port)
+        assert not _opens(one, own, other)
+        assert resolve(two, host)[0] == own
+        assert _opens(two, own, port)
+        assert not _opens(two, own, other)
+        assert resolve(one, "two") == addresses_of(two)
+        assert pings(one, addresses_of(two)[0])
+        assert resolve(one, "good.example") == ["code 2", "code 2"]
+        assert resolve(one, "evil.example") == _REFUSED
+        assert ask(one, peer.v4, 7) != "hello"
+
+
+def _opens(guest: Guest, address: str, port: int) -> bool:
+    source = """
+import socket, sys
+try: socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=3)
+except ConnectionRefusedError: print("refused")
+"""
+    return guest.python(source, address, str(port)) == ""
 
 
 def test_a_machine_keeps_the_address_that_it_asks_for(make_guest: MakeGuest) -> None:
@@ -262,33 +298,6 @@ def _fdb(bridge: str) -> list[str]:
         ["bridge", "fdb", "show", "br", bridge], capture_output=True, text=True, check=True
     )
     return done.stdout.splitlines()
-
-
-@pytest.mark.usefixtures("home")
-def test_a_lan_has_no_rules_about_names(lan_bridge: str) -> None:
-    with pytest.raises(UnsupportedError, match="about a name"):
-        manage.create(
-            NetworkSpec(name="x", mode="bridge", interface=lan_bridge, allow=("example.com",))
-        )
-    with pytest.raises(UnsupportedError, match="about a name"):
-        attach_with_rule(lan_bridge)
-    assert Store().names() == []
-
-
-def attach_with_rule(bridge: str) -> None:
-    from ringfence.network import AttachOptions  # noqa: PLC0415 - for this test alone
-
-    attach(f"bridge:{bridge}", "m", "vm", AttachOptions(policy=Policy(allow=["example.com"])))
-
-
-@pytest.fixture
-def lan_bridge() -> Iterator[str]:
-    import subprocess  # noqa: PLC0415 - for this fixture alone
-
-    name = "rflrule0"
-    subprocess.run(["ip", "link", "add", name, "type", "bridge"], check=True)
-    yield name
-    subprocess.run(["ip", "link", "del", name], check=True)
 
 
 def test_routes_to_a_network_are_told(make_guest: MakeGuest) -> None:

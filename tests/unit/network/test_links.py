@@ -66,14 +66,20 @@ def test_rules_about_names_have_sets_and_others_have_none() -> None:
     egress.add_chains(table, egress.owners(spec, [member]))
     own = egress.owners(spec, [member])[1].key
     # Deny rules come first.
-    assert set(table.sets) == {
-        "pin_net_1_4", "pin_net_1_6", f"pin_{own}_0_4", f"pin_{own}_0_6",
-    }  # fmt: skip
+    network, machine = (
+        [egress.pin_set(owner, rule, version) for version in (4, 6)]
+        for owner, rule in zip(
+            egress.owners(spec, [member]),
+            (spec.policy.rules[1], member.policy.rules[0]),
+            strict=True,
+        )
+    )
+    assert set(table.sets) == {*network, *machine}
     assert table.chains["egress"][0] == "jump closed_addresses"
     assert table.chains["egress"][-1] == "jump refuse_not_allowed"
     assert f"ip saddr 10.5.0.2 jump own_{own}" in table.chains["egress"]
     assert (
-        f"ip daddr @pin_{own}_0_4 tcp dport {{ 443-443 }} jump refuse_denied"
+        f"ip daddr @{machine[0]} tcp dport {{ 443-443 }} jump refuse_denied"
         in (table.chains[f"own_{own}"])
     )
 

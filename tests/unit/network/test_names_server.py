@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ringfence.network import _names_messages as dns
 from ringfence.network import _names_server as server
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def query(name: str, kind: int = 1) -> bytes:
 def names(folder: Path, **changes: object) -> server.Names:
     rule = {"action": "allow", "domain": "*.good.example", "narrow": False, "pins": "pin_net_0"}
     document = {
-        "table": "t", "nft": "/bin/true", "listen": [], "servers": [],
+        "family": "inet", "table": "t", "nft": "/bin/true", "listen": [], "servers": [],
         "names": {"db": ["10.0.0.2", "fd00::2"]}, "machines": {"10.0.0.3": "m1"},
         "policies": {"net": {"closed": True, "rules": [rule]}},
     }  # fmt: skip
@@ -44,11 +45,11 @@ def code(message: bytes | None) -> int:
 
 
 def test_domains_are_about_names_whole_or_below() -> None:
-    assert server.has("a.example", "a.example")
-    assert not server.has("a.example", "b.a.example")
-    assert server.has("*.a.example", "c.b.a.example")
-    assert not server.has("*.a.example", "a.example")
-    assert not server.has("*.a.example", "ba.example")
+    assert dns.has("a.example", "a.example")
+    assert not dns.has("a.example", "b.a.example")
+    assert dns.has("*.a.example", "c.b.a.example")
+    assert not dns.has("*.a.example", "a.example")
+    assert not dns.has("*.a.example", "ba.example")
 
 
 def test_own_names_are_answered_by_their_kind(tmp_path: Path) -> None:
@@ -56,10 +57,10 @@ def test_own_names_are_answered_by_their_kind(tmp_path: Path) -> None:
     four, six, text = (answer(found, query("DB", kind)) for kind in (1, 28, 16))
     assert four is not None
     assert six is not None
-    assert server.addresses(four) == [("10.0.0.2", 5)]
-    assert server.addresses(six) == [("fd00::2", 5)]
+    assert dns.addresses(four) == [("10.0.0.2", 5)]
+    assert dns.addresses(six) == [("fd00::2", 5)]
     assert text is not None
-    assert server.addresses(text) == []
+    assert dns.addresses(text) == []
     assert code(text) == 0
 
 
@@ -109,7 +110,7 @@ def test_addresses_in_answers_are_bounded_by_the_message() -> None:
     message = query("a.example")
     record = b"\xc0\x0c" + struct.pack(">HHIH", 1, 1, 60, 4) + bytes((192, 0, 2, 1))
     one = message[:6] + struct.pack(">H", 1) + message[8:] + record
-    assert server.addresses(one) == [("192.0.2.1", 60)]
+    assert dns.addresses(one) == [("192.0.2.1", 60)]
     many = message[:6] + struct.pack(">H", 9) + message[8:] + record
-    with pytest.raises(server.MalformedError):
-        server.addresses(many)
+    with pytest.raises(dns.MalformedError):
+        dns.addresses(many)

@@ -7,6 +7,7 @@
 
 mod pair;
 
+use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::error::Error;
@@ -61,8 +62,12 @@ pub(crate) struct RelayConfig {
 pub(crate) struct MachineConfig {
     /// Its name, for refusals.
     pub(crate) name: String,
-    /// Its addresses.
+    /// Its addresses; none where the kernel's rules tell it by its link, and lead it to its doors.
+    #[serde(default)]
     pub(crate) addresses: Vec<IpAddr>,
+    /// Listening sockets by which it comes alone, besides those that are there already.
+    #[serde(default)]
+    pub(crate) listen: Vec<Fd>,
     /// Its own egress rules, besides the network's.
     #[serde(default)]
     pub(crate) policy: Option<PolicyConfig>,
@@ -72,9 +77,17 @@ pub(crate) struct MachineConfig {
     pub(crate) tag: Option<u8>,
 }
 
+/// A listening socket.
+#[derive(Debug)]
+struct Door {
+    at: SocketAddr,
+    socket: OwnedFd,
+    /// The machine that comes by it, whatever its address; any when `None`.
+    of: Option<String>,
+}
+
 #[derive(Debug)]
 struct Machine {
-    name: String,
     policy: Option<Policy>,
     tag: Option<u8>,
 }
@@ -97,19 +110,30 @@ impl Machine {
 /// All that are passed on.
 #[derive(Debug, Default)]
 pub(crate) struct Relay {
-    listeners: Slab<(SocketAddr, OwnedFd)>,
-    machines: Vec<Machine>,
-    by_address: HashMap<IpAddr, usize>,
+    doors: Slab<Door>,
+    machines: HashMap<String, Machine>,
+    by_address: HashMap<IpAddr, String>,
     pairs: Slab<Pair>,
     ready: VecDeque<Id>,
     scratch: Vec<u8>,
 }
 
 impl Relay {
-    /// Where connections are taken.
+    /// Where connections of all machines are taken.
     pub(crate) fn listening(&self) -> Vec<String> {
-        let all = self.listeners.iter();
-        all.map(|(_, (at, _))| at.to_string()).collect()
+        let all = self.doors.iter().filter(|(_, door)| door.of.is_none());
+        all.map(|(_, door)| door.at.to_string()).collect()
+    }
+
+    /// Where those of one machine alone are, by its name.
+    pub(crate) fn doors(&self) -> BTreeMap<&str, Vec<String>> {
+        let mut found = BTreeMap::<_, Vec<_>>::new();
+        for (_, door) in self.doors.iter() {
+            if let Some(of) = &door.of {
+                found.entry(&**of).or_default().push(door.at.to_string());
+            }
+        }
+        found
     }
 
     /// How many there are.
@@ -117,15 +141,20 @@ impl Relay {
         self.pairs.len()
     }
 
-    /// Takes connections from one more socket.
-    pub(crate) fn listen(&mut self, world: &World, socket: OwnedFd) -> io::Result<()> {
+    /// Takes connections from one more socket: those of one machine, or of all.
+    pub(crate) fn listen(
+        &mut self,
+        world: &World,
+        socket: OwnedFd,
+        of: Option<&str>,
+    ) -> io::Result<()> {
         rustix::io::ioctl_fionbio(&socket, true)?;
         let at = SocketAddr::try_from(rustix::net::getsockname(&socket)?)?;
-        let id = self.listeners.insert((at, socket));
-        if let Some((_, socket)) = self.listeners.get(id) {
-            world
-                .events
-                .watch_readable(socket, Source::RelayListener, id)?;
+        let of = of.map(str::to_owned);
+        let id = self.doors.insert(Door { at, socket, of });
+        if let Some(door) = self.doors.get(id) {
+            let events = &world.events;
+            events.watch_readable(&door.socket, Source::RelayListener, id)?;
         }
         Ok(())
     }
@@ -137,48 +166,51 @@ impl Relay {
         world: &mut World,
         configs: &[MachineConfig],
     ) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let mut machines = Vec::new();
+        let mut machines = HashMap::new();
         let mut by_address = HashMap::new();
         for config in configs {
-            let number = machines.len();
-            by_address.extend(config.addresses.iter().map(|&address| (address, number)));
-            machines.push(Machine {
-                name: config.name.clone(),
+            let name = || config.name.clone();
+            by_address.extend(config.addresses.iter().map(|&address| (address, name())));
+            let machine = Machine {
                 policy: config.policy.as_ref().map(Policy::new).transpose()?,
                 tag: config.tag.filter(|tag| (1..64).contains(tag)),
-            });
+            };
+            machines.insert(name(), machine);
         }
         (self.machines, self.by_address) = (machines, by_address);
+        for id in self.doors.ids() {
+            let of = self.doors.get(id).and_then(|door| door.of.as_ref());
+            if of.is_some_and(|name| !self.machines.contains_key(name)) {
+                self.doors.remove(id);
+            }
+        }
         for id in self.pairs.ids() {
-            let guest = self.pairs.get(id).map(|pair| pair.guest.ip());
-            if guest.is_none_or(|guest| self.machine(guest).is_none()) {
+            let name = self.pairs.get(id).map(|pair| &pair.machine);
+            if name.is_none_or(|name| !self.machines.contains_key(name)) {
                 self.finish(world, id, true);
             }
         }
         Ok(())
     }
 
-    fn machine(&self, address: IpAddr) -> Option<&Machine> {
-        self.machines.get(*self.by_address.get(&address)?)
-    }
-
     /// The rules that a connection must hold to, with what it must show for each.
     fn rules<'a>(
         &'a self,
         world: &'a World,
-        guest: SocketAddr,
+        machine: &str,
         to: SocketAddr,
     ) -> impl Iterator<Item = (&'a Policy, Inspect)> {
-        let own = self.machine(guest.ip()).and_then(|one| one.policy.as_ref());
+        let own = self.machines.get(machine);
+        let own = own.and_then(|one| one.policy.as_ref());
         std::iter::once(&world.policy)
             .chain(own)
             .filter_map(move |one| Some((one, one.inspects((to.ip(), to.port()))?)))
     }
 
     /// What a connection must show.
-    fn inspect(&self, world: &World, guest: SocketAddr, to: SocketAddr) -> Option<Inspect> {
+    fn inspect(&self, world: &World, machine: &str, to: SocketAddr) -> Option<Inspect> {
         let mut whole = None;
-        for (_, inspect) in self.rules(world, guest, to) {
+        for (_, inspect) in self.rules(world, machine, to) {
             if whole != Some(Inspect::MustBeAllowed) {
                 whole = Some(inspect);
             }
@@ -189,11 +221,11 @@ impl Relay {
     /// A listener has connections.
     pub(crate) fn accept(&mut self, world: &mut World, id: Id) {
         for _ in 0..ACCEPTS {
-            let Some((own, listener)) = self.listeners.get(id) else {
+            let Some(door) = self.doors.get(id) else {
                 return;
             };
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-            let (socket, peer) = match rustix::net::acceptfrom_with(listener, flags) {
+            let (socket, peer) = match rustix::net::acceptfrom_with(&door.socket, flags) {
                 Ok((socket, Some(peer))) => (socket, peer),
                 Ok(_) | Err(Errno::INTR | Errno::CONNABORTED) => continue,
                 Err(_) => return,
@@ -202,34 +234,38 @@ impl Relay {
                 continue;
             };
             // One that was meant for this socket was not led here by the kernel's rules.
-            match meant_for(&socket, own.is_ipv4()) {
-                Some(to) if to != *own => self.join(world, socket, guest, to),
-                _ => {}
+            let to = meant_for(&socket, door.at.is_ipv4()).filter(|to| *to != door.at);
+            let machine = door
+                .of
+                .as_ref()
+                .or_else(|| self.by_address.get(&guest.ip()));
+            if let (Some(to), Some(machine)) = (to, machine.cloned()) {
+                self.join(world, socket, machine, to);
             }
         }
     }
 
     /// Passes a guest's connection on to where it was meant for.
-    fn join(&mut self, world: &mut World, near: OwnedFd, guest: SocketAddr, to: SocketAddr) {
+    fn join(&mut self, world: &mut World, near: OwnedFd, name: String, to: SocketAddr) {
         // Until there is somebody behind it.
         reset_at_close(&near);
         if self.pairs.len() >= world.limits.connections / 2 {
             world.counters.limit_reached += 1;
             return;
         }
-        let Some(machine) = self.machine(guest.ip()) else {
+        let Some(machine) = self.machines.get(&name) else {
             return;
         };
         let _ = sockopt::set_tcp_nodelay(&near, true);
         let _ = sockopt::set_socket_keepalive(&near, true);
-        let inspect = self.inspect(world, guest, to);
+        let inspect = self.inspect(world, &name, to);
         let prepare = |socket: &OwnedFd| machine.prepare(world, socket, to.is_ipv4());
         let Ok(far) = open_socket(to, prepare) else {
             world.counters.tcp_failed += 1;
             return;
         };
         let _ = sockopt::set_socket_linger(&near, None);
-        let pair = Pair::new(near, far, (guest, to), inspect);
+        let pair = Pair::new(near, far, (name, to), inspect);
         let id = self.pairs.insert(pair);
         let Some(pair) = self.pairs.get(id) else {
             return;
@@ -323,7 +359,7 @@ impl Relay {
             FirstName::Missing if must => Err(Reason::NoName),
             FirstName::Missing | FirstName::Other => Ok(()),
             FirstName::Name(name) => self
-                .rules(world, pair.guest, pair.to)
+                .rules(world, &pair.machine, pair.to)
                 .try_for_each(|(one, inspect)| one.check_name(inspect, &name, pair.to.port())),
         };
         if let Some(pair) = self.pairs.get_mut(id) {
@@ -335,8 +371,7 @@ impl Relay {
     /// Ends a connection that may not go on, or can't.
     fn refuse(&mut self, world: &mut World, id: Id, reason: Option<Reason>) {
         if let (Some(pair), Some(reason)) = (self.pairs.get(id), reason) {
-            let name = self.machine(pair.guest.ip()).map(|one| one.name.clone());
-            world.refuse_of(name.unwrap_or_default(), Transport::Tcp, pair.to, &reason);
+            world.refuse_of(pair.machine.clone(), Transport::Tcp, pair.to, &reason);
         }
         self.finish(world, id, true);
     }

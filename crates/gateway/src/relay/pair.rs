@@ -156,7 +156,8 @@ impl End {
 pub(super) struct Pair {
     pub(super) near: End,
     pub(super) far: End,
-    pub(super) guest: SocketAddr,
+    /// Whose it is.
+    pub(super) machine: String,
     pub(super) to: SocketAddr,
     /// What its first bytes must hold to, until they were looked at.
     pub(super) inspect: Option<Inspect>,
@@ -167,13 +168,13 @@ impl Pair {
     pub(super) fn new(
         near: OwnedFd,
         far: OwnedFd,
-        (guest, to): (SocketAddr, SocketAddr),
+        (machine, to): (String, SocketAddr),
         inspect: Option<Inspect>,
     ) -> Self {
         Self {
             near: End::new(near),
             far: End::new(far),
-            guest,
+            machine,
             to,
             inspect,
             queued: false,

@@ -39,12 +39,12 @@ fn joined(gateway: &mut Gateway) -> (TcpStream, TcpStream) {
     let server = TcpListener::bind("127.0.0.1:0").expect("a server");
     let door = TcpListener::bind("127.0.0.1:0").expect("a door");
     let guest = TcpStream::connect(door.local_addr().expect("bound")).expect("connected");
-    let (near, peer) = door.accept().expect("a connection");
+    let (near, _) = door.accept().expect("a connection");
     near.set_nonblocking(true).expect("not blocking");
     let to = server.local_addr().expect("bound");
     gateway
         .relay
-        .join(&mut gateway.world, near.into(), peer, to);
+        .join(&mut gateway.world, near.into(), "box".to_owned(), to);
     let (far, _) = server.accept().expect("passed on");
     for stream in [&guest, &far] {
         let limit = Some(Duration::from_millis(200));
@@ -170,11 +170,35 @@ fn a_destination_that_refuses_resets_the_guest() {
     drop(free);
     let door = TcpListener::bind("127.0.0.1:0").expect("a door");
     let mut guest = TcpStream::connect(door.local_addr().expect("bound")).expect("connected");
-    let (near, peer) = door.accept().expect("a connection");
+    let (near, _) = door.accept().expect("a connection");
     gateway
         .relay
-        .join(&mut gateway.world, near.into(), peer, to);
+        .join(&mut gateway.world, near.into(), "box".to_owned(), to);
     turn(&mut gateway);
     let error = guest.read(&mut [0; 1]).expect_err("reset");
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn a_door_is_its_machines_alone_and_goes_with_it() {
+    let mut gateway = good_example();
+    let door = TcpListener::bind("127.0.0.1:0").expect("a door");
+    let at = door.local_addr().expect("bound");
+    let listening = gateway
+        .relay
+        .listen(&gateway.world, door.into(), Some("other"));
+    listening.expect("a door");
+    let machines = json!([{"name": "box", "addresses": ["127.0.0.1"]}, {"name": "other"}]);
+    let machines: Vec<super::MachineConfig> = serde_json::from_value(machines).expect("machines");
+    set_machines(&mut gateway, &machines);
+    assert_eq!(gateway.relay.doors()["other"], [at.to_string()]);
+    assert!(gateway.relay.listening().is_empty());
+    // What was meant for the door itself goes nowhere.
+    let mut guest = TcpStream::connect(at).expect("connected");
+    turn(&mut gateway);
+    assert_eq!(guest.read(&mut [0; 1]).unwrap_or(0), 0);
+    assert_eq!(gateway.relay.len(), 0);
+    set_machines(&mut gateway, &machines[..1]);
+    assert!(gateway.relay.doors().is_empty());
+    assert!(TcpStream::connect(at).is_err(), "closed");
 }

@@ -1,0 +1,325 @@
+"""Rules about names on a LAN: the host tells the names, and looks at connections that are open by one alone."""
+
+from __future__ import annotations
+
+import subprocess
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Self
+
+import pytest
+
+from ringfence.errors import UnsupportedError
+from ringfence.network import AttachOptions, Policy, addresses, attach, manage
+from ringfence.network.kernel import refusals
+from ringfence.network.store import NetworkSpec, Store
+from tests.framework.lan import FAR4, FAR6, HOST4, HOST6, PEER4, Lan, ip
+from tests.functional.network.test_kernel_rules import _RAW
+from tests.functional.network.test_names_seen import _RESET, _TLS, _WEB, _web
+from tests.functional.network.test_shared import pings
+from tests.functional.network.test_user import ask, ask_udp, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.functional.network.conftest import Guest, MakeGuest
+
+pytestmark = [pytest.mark.root, pytest.mark.netns]
+
+_REFUSED = ["code 5", "code 5"]
+_OWN = ("10.93.0.77/24", "fd00:93::77/64")
+
+
+@pytest.fixture
+def lan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lan]:
+    resolv = tmp_path / "resolv.conf"
+    resolv.write_text(f"nameserver {PEER4}\n")
+    monkeypatch.setattr(addresses, "_RESOLV", resolv)
+    with ExitStack() as stack:
+        found = Lan(tmp_path, stack)
+        stack.callback(subprocess.run, ["ip", "link", "del", found.interface], check=False)
+        yield found
+
+
+def _guest(make_guest: MakeGuest, lan: Lan, **options: object) -> Guest:
+    options = {"dns": (), "addresses": _OWN, "name": "one", **options}
+    guest = make_guest(f"bridge:{lan.interface}", **options)
+    # Its routers are not the host's: this host has no default route.
+    guest.run("ip", "route", "replace", "default", "via", PEER4)
+    guest.run("ip", "-6", "route", "replace", "default", "via", "fd00:93::9")
+    return guest
+
+
+def test_an_address_that_names_share_is_open_for_the_allowed_one_alone(
+    make_guest: MakeGuest, lan: Lan
+) -> None:
+    before = lan.state()
+    one = _guest(make_guest, lan, policy=Policy(allow=["good.example"]))
+    assert one.attachment.interface.dns == (HOST4, HOST6)
+    # Nobody asked for a name yet: the address is not open.
+    assert ask(one, FAR4, 80) == "TimeoutError"
+    assert resolve(one, "evil.example") == _REFUSED
+    assert resolve(one, "good.example") == [FAR4, FAR6]
+    for address, seen in ((FAR4, HOST4), (FAR6, HOST6)):
+        assert f"{seen} good.example" in ask(one, address, 80, _WEB.format("good.example"))
+        assert _web(one, address, "evil.example") == _RESET
+        for size in ("1", "30"):
+            assert one.python(_TLS, address, "good.example", size) == "answered"
+            assert one.python(_TLS, address, "evil.example", size) == _RESET
+        # Without any name.
+        assert ask(one, address, 80, "GET / HTTP/1.0\r\n\r\n") == _RESET
+        # What isn't TCP is open by the address that was answered.
+        assert pings(one, address)
+        # QUIC hides it.
+        assert ask_udp(one, address, 443) == "TimeoutError"
+    found = refusals(Store().find(f"bridge-{lan.interface}"))
+    counts = found["counts"]
+    assert isinstance(counts, dict)
+    assert counts["name"] == 6
+    assert {"one"} == {entry["port"] for entry in found["recent"]}  # type: ignore[attr-defined]
+    assert "evil.example" in str(found["recent"])
+    one.close()
+    assert lan.state() == before
+    assert Store().names() == []
+    tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True)
+    assert "ringfence" not in tables.stdout
+
+
+def test_whomever_a_machine_asks_the_host_answers(make_guest: MakeGuest, lan: Lan) -> None:
+    """A guest may choose another name server, and peers may be one: none but the host is heard."""
+    one = _guest(make_guest, lan, policy=Policy(allow=["good.example"]))
+    for server in (PEER4, FAR4, "192.0.2.53"):
+        assert _asks(one, server, "evil.example") == ["code 5", "code 5"], server
+        assert _asks(one, server, "good.example") == [FAR4, FAR6], server
+        assert _asks(one, server, "tcp/good.example") == [FAR4, FAR6], server
+    for port in (853, 5353):
+        assert ask_udp(one, PEER4, port) == "TimeoutError"
+    assert ask(one, PEER4, 853) == "TimeoutError"
+    # The host tells names to its machines alone, and their doors are closed to others.
+    assert ask(lan.peer, HOST4, 53) == "ConnectionRefusedError"
+    for port in _doors():
+        assert ask(lan.peer, HOST4, port) == "TimeoutError"
+
+
+def _asks(guest: Guest, server: str, name: str) -> list[str]:
+    from dataclasses import replace  # noqa: PLC0415 - for this alone
+
+    told = guest.attachment._interface
+    guest.attachment._interface = replace(told, dns=(server,))
+    try:
+        return resolve(guest, name)
+    finally:
+        guest.attachment._interface = told
+
+
+def _doors() -> set[int]:
+    lines = subprocess.run(["ss", "-Hlntu"], capture_output=True, text=True, check=True).stdout
+    local = [line.split()[4] for line in lines.splitlines()]
+    found = {int(text.rpartition(":")[2]) for text in local if text.startswith(HOST4)}
+    assert len(found) == 2
+    return found
+
+
+def test_machines_have_rules_each_by_its_link(make_guest: MakeGuest, lan: Lan) -> None:
+    """Who has which address says nothing: here one takes the other's."""
+    one = _guest(make_guest, lan, policy=Policy(allow=["good.example"]))
+    two = _guest(
+        make_guest, lan, name="two", addresses=("10.93.0.78/24",), policy=Policy(allow=["*.test"])
+    )
+    three = _guest(make_guest, lan, name="three", addresses=("10.93.0.79/24",))
+    assert resolve(one, "good.example") == [FAR4, FAR6]
+    assert _web(one, FAR4, "good.example") == "answered"
+    one.run("ip", "link", "set", "eth0", "down")
+    two.run("ip", "addr", "del", "10.93.0.78/24", "dev", "eth0")
+    two.run("ip", "addr", "add", _OWN[0], "dev", "eth0")
+    two.run("ip", "route", "replace", "default", "via", PEER4)
+    assert resolve(two, "good.example") == _REFUSED
+    assert _web(two, FAR4, "good.example") == "TimeoutError"
+    assert not pings(two, PEER4)
+    assert _web(three, FAR4, "evil.example") == "answered"
+    assert _asks(three, PEER4, "evil.example") == [FAR4, FAR6]
+
+
+def test_a_denied_name_is_refused_wherever_it_shows(make_guest: MakeGuest, lan: Lan) -> None:
+    one = _guest(make_guest, lan, policy=Policy(deny=["*.evil.example"]))
+    assert resolve(one, "a.evil.example") == _REFUSED
+    for address in (FAR4, FAR6):
+        assert _web(one, address, "a.evil.example") == _RESET
+        assert _web(one, address, "good.example") == "answered"
+        assert ask(one, address, 7) == "hello"
+    # The LAN is reached as ever, and by whom it is.
+    assert pings(one, PEER4)
+    assert pings(one, HOST4)
+
+
+def test_rules_about_names_begin_and_end_while_machines_run(
+    make_guest: MakeGuest, lan: Lan
+) -> None:
+    one = _guest(make_guest, lan, dns=(PEER4,))
+    network = f"bridge-{lan.interface}"
+    assert _web(one, FAR4, "evil.example") == "answered"
+    with one_that_stays(one, FAR4) as first:
+        manage.set_policy(network, Policy(allow=["good.example"]))
+        assert first.says() == "echo"
+        # Its name server is the LAN's; what it asks there the host answers.
+        assert resolve(one, "good.example") == [FAR4, FAR6]
+        assert _web(one, FAR4, "good.example") == "answered"
+        assert _web(one, FAR4, "evil.example") == _RESET
+        with one_that_stays(one, FAR4) as second:
+            # What was answered for one name is not open for the next.
+            manage.set_policy(network, Policy(allow=["other.test"]))
+            assert ask(one, FAR4, 7) == "TimeoutError"
+            assert ask_udp(one, FAR4, 7) == "TimeoutError"
+            assert second.says() == "echo"
+            manage.set_policy(network, Policy())
+            assert _web(one, FAR4, "evil.example") == "answered"
+            assert resolve(one, "evil.example") == [FAR4, FAR6]
+            assert second.says() == "echo"
+        assert first.says() == "echo"
+
+
+_STAYS = """
+import socket, sys
+with socket.create_connection((sys.argv[1], 7), timeout=5) as s:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        s.sendall(line.encode())
+        print(s.recv(100).decode().strip() or "ended", flush=True)
+"""
+
+
+class one_that_stays:  # noqa: N801 - reads as words
+    """A connection of a guest that is there for a while."""
+
+    def __init__(self, guest: Guest, address: str) -> None:
+        words = [*guest._inside(), "python3", "-c", _STAYS, address]
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
+
+    def says(self) -> str:
+        """What it hears of what it says."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("echo\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+_BARE = """
+import socket, struct, sys
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+s.bind(("eth0", 0))
+own = s.getsockname()[4]
+router = bytes.fromhex(sys.argv[3].replace(":", ""))
+def sum16(data):
+    data += b"\\0" * (len(data) % 2)
+    n = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while n >> 16: n = (n & 0xffff) + (n >> 16)
+    return ~n & 0xffff
+def send(protocol, body, piece=0):
+    ip = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(body), 7, piece, 64, protocol, 0,
+                     socket.inet_aton(sys.argv[1]), socket.inet_aton(sys.argv[2]))
+    ip = ip[:10] + struct.pack(">H", sum16(ip)) + ip[12:]
+    for tag in (b"", b"\\x81\\0\\0\\x01"):
+        s.send(router + own + tag + b"\\x08\\0" + ip + body)
+def tcp(flags): return struct.pack(">HHIIBBHHH", 40000, 80, 1, 1, 0x50, flags, 1000, 0, 0)
+# Answers to nobody, what is in pieces, and echoes that nobody asked for.
+for flags in (0x10, 0x12, 0x04, 0x01): send(6, tcp(flags) + b"secret")
+send(6, tcp(0x10)[:8], 0x2000)
+send(6, tcp(0x02)[8:] + b"secret", 0x0001)
+send(1, b"\\0\\0\\0\\0\\0\\1\\0\\1secret")
+send(1, b"\\3\\0\\0\\0\\0\\0\\0\\0secret")
+send(17, struct.pack(">HHHH", 68, 67, 14, 0) + b"secret")
+send(17, struct.pack(">HHHH", 53, 5000, 14, 0) + b"secret")
+send(47, b"secret")
+"""
+_SEES = """
+import socket
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+s.bind(("eth0", 0))
+s.settimeout(3)
+print("ready", flush=True)
+seen = 0
+while True:
+    try: frame = s.recv(65536)
+    except TimeoutError: break
+    seen += b"secret" in frame or frame[34:38] == b"\\x9c\\x40\\0\\x50"
+print(seen)
+"""
+
+
+@pytest.mark.parametrize("rules", [Policy(allow=["good.example"]), Policy(allow=["10.93.0.50"])])
+def test_what_answers_nobody_reaches_nobody(make_guest: MakeGuest, lan: Lan, rules: Policy) -> None:
+    one = _guest(make_guest, lan, policy=rules)
+    looking = lan.peer.spawn("python3", "-c", _SEES)
+    assert looking.stdout is not None
+    assert looking.stdout.readline() == "ready\n"
+    link = lan.peer.run("cat", "/sys/class/net/eth0/address").stdout.strip()
+    one.python(_BARE, "10.93.0.77", FAR4, link)
+    assert looking.communicate()[0] == "0\n"
+    # Others reach it, and hear its answers, by UDP as well.
+    assert lan.peer.run("ping", "-c", "1", "-W", "1", "10.93.0.77").returncode == 0
+    assert lan.peer.run("ping", "-6", "-c", "1", "-W", "1", "fd00:93::77").returncode == 0
+    serving = one.spawn("python3", "-c", _SERVES)
+    assert serving.stdout is not None
+    assert serving.stdout.readline() == "ready\n"
+    assert ask_udp(lan.peer, "10.93.0.77", 7000) == "hello"
+    assert ask(lan.peer, "10.93.0.77", 7000) == "hello"
+    serving.kill()
+    serving.communicate()
+
+
+_SERVES = """
+import socket
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+u.bind(("", 7000))
+t = socket.create_server(("", 7000))
+print("ready", flush=True)
+data, who = u.recvfrom(100)
+u.sendto(data, who)
+s, _ = t.accept()
+s.sendall(s.recv(100))
+"""
+
+
+def test_a_machine_is_not_this_host(make_guest: MakeGuest, lan: Lan) -> None:
+    one = _guest(make_guest, lan)
+    one.run("ip", "addr", "add", f"{HOST4}/24", "dev", "eth0")
+    one.run("ip", "-6", "addr", "add", f"{HOST6}/64", "dev", "eth0", "nodad")
+    one.python(_RAW, "3", HOST4, PEER4)
+    for address in (HOST4, HOST6):
+        lan.peer.run("ip", "neigh", "flush", "to", address)
+        assert lan.peer.run("ping", "-c", "2", "-W", "1", address).returncode == 0
+        heard = lan.peer.run("ip", "neigh", "show", address).stdout
+        assert one.attachment.interface.mac not in heard
+    assert refusals(Store().find(f"bridge-{lan.interface}"))["counts"]["spoofed"] > 0  # type: ignore[index]
+
+
+@pytest.mark.usefixtures("home")
+def test_a_host_without_an_address_there_tells_no_names(lan: Lan) -> None:
+    ip("addr", "flush", "dev", lan.interface)
+    before = lan.state()
+    rules = Policy(allow=["example.com"])
+    with pytest.raises(UnsupportedError, match="no address on") as caught:
+        attach(
+            f"bridge:{lan.interface}",
+            "m",
+            "vm",
+            AttachOptions(policy=rules, addresses=("10.93.0.9/24",)),
+        )
+    assert "ip addr add" in caught.value.hint
+    spec = NetworkSpec(name="x", mode="bridge", interface=lan.interface, allow=("example.com",))
+    with pytest.raises(UnsupportedError, match="no address on"):
+        manage.create(spec)
+    assert lan.state() == before
+    assert Store().names() == []
