@@ -85,6 +85,7 @@ def join(
         lan.enslave(spec.interface, kernel.bridge_of(spec), _record(spec))
     bridge = kernel.bridge_of(spec)
     interface = _interface(bridge, member, options, stack)
+    interface = dataclasses.replace(interface, mtu=spec.mtu)
     if told_by:
         interface = dataclasses.replace(interface, dns=told_by)
     known = tuple(text.partition("/")[0] for text in interface.addresses)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringfence.errors import ConfigError, HostError
-from ringfence.network import dnsmasq, firewall, gateway, lan, links, names, relay, tap
+from ringfence.network import dnsmasq, firewall, gateway, lan, links, names, relay, tables, tap
 from ringfence.network.attachment import Attachment, NetnsPlan
 from ringfence.network.interfaces import interface_of
 from ringfence.network.options import Rate
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KernelMode", "bridge_of", "describe", "refusals", "routes_to", "table_of"]
 
+_LOG = logging.getLogger(__name__)
 _SYSCTL = Path("/proc/sys/net")
 
 
@@ -151,7 +153,10 @@ class KernelMode:
         bridge = bridge_of(spec)
         nets = [ipaddress.ip_network(text) for text in spec.subnets]
         own = [f"{net[1]}/{net.prefixlen}" for net in nets]
+        fresh = links.mtu_of(bridge) is None
         links.ensure_bridge(bridge, own, spec.mtu)
+        if fresh:
+            self._warn_of_others(spec, bridge)
         _set(_SYSCTL / "ipv4" / "conf" / bridge / "route_localnet", "1")
         if self._passage.outside or self._passage.inside:
             _forward_packets()
@@ -160,6 +165,19 @@ class KernelMode:
         interface = interface_of(spec, member, routed=self._passage.outside, dns=dns)
         published = _reserve(options, stack)
         return plug(spec, member, kind, interface, (options, published), stack)
+
+    def _warn_of_others(self, spec: NetworkSpec, bridge: str) -> None:
+        """Says when the host's own firewall drops what machines need: a table admits for itself."""
+        for hook, what in (("forward", "reach outside"), ("input", "get addresses and names")):
+            if hook == "input" or self._passage.outside or self._passage.inside:
+                for chain in tables.refusing(hook, bridge):
+                    _LOG.warning(
+                        "machines of %s may not %s: the chain %s of this host's firewall drops"
+                        " it. To admit it: nft insert rule %s iifname %s accept",
+                        spec.name, what, chain, chain, bridge,
+                    )  # fmt: skip
+                    if hook == "forward":
+                        _LOG.warning("and: nft insert rule %s oifname %s accept", chain, bridge)
 
     def settle(
         self, spec: NetworkSpec, members: Sequence[Member], known: Mapping[str, list[str]]

@@ -30,6 +30,7 @@ __all__ = [
     "is_bridge",
     "link_name",
     "mac_of",
+    "mtu_of",
     "own_address",
     "remove",
     "require_rights",
@@ -152,6 +153,13 @@ def mac_of(name: str) -> str:
     except OSError as error:
         message = f"this host has no interface {name!r}"
         raise HostError(message, errno=error.errno, path=str(path)) from error
+
+
+def mtu_of(name: str) -> int | None:
+    """The largest packet of a link, if there is such a link."""
+    with suppress(OSError, ValueError):
+        return int((Path("/sys/class/net") / name / "mtu").read_text())
+    return None
 
 
 def is_bridge(name: str) -> bool:

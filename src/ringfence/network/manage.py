@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ringfence.errors import ConfigError, ConflictError, RingfenceError
-from ringfence.network import addresses, leases, user
+from ringfence.network import addresses, leases, links, user
 from ringfence.network.store import MODES, Member, NetworkSpec, Store
 
 if TYPE_CHECKING:
@@ -86,7 +86,9 @@ def complete(spec: NetworkSpec, store: Store) -> NetworkSpec:
         message = f"there is no mode {spec.mode!r}"
         raise ConfigError(message, hint=f"choose one of {', '.join(MODES)}")
     if spec.mtu == 0:
-        spec = dataclasses.replace(spec, mtu=_MTU.get(spec.mode, 1500))
+        # A bridge's packets are as large as those of all its ports: the host's own are on a LAN.
+        lan = links.mtu_of(spec.interface) if spec.mode == "bridge" else None
+        spec = dataclasses.replace(spec, mtu=lan or _MTU.get(spec.mode, 1500))
     if not 1280 <= spec.mtu <= 65520:
         message = f"the largest packet is 1280 to 65520 bytes, not {spec.mtu}"
         raise ConfigError(message)

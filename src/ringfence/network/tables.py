@@ -18,7 +18,7 @@ from ringfence.errors import HostError, UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Table", "delete", "listed", "run", "write"]
+__all__ = ["Table", "delete", "listed", "refusing", "run", "write"]
 
 _TIMEOUT_S = 30.0
 
@@ -81,9 +81,33 @@ def run(*words: str, script: str = "") -> str:
 
 def listed(family: str, name: str, *, terse: bool = False) -> Iterator[tuple[str, Found]]:
     """What is in a table: kind and fields of each object; nothing when there is no such table."""
-    words = ["-j", *(["-t"] if terse else []), "list", "table", family, name]
+    yield from _all(*(["-t"] if terse else []), "list", "table", family, name)
+
+
+def refusing(hook: str, link: str) -> list[str]:
+    """Others' chains that drop what nobody admits, in tables that say nothing of a link of ours.
+
+    Args:
+        hook: ``forward`` or ``input``.
+        link: The link's name.
+
+    Returns:
+        The chains, as ``FAMILY TABLE CHAIN``.
+    """
+    found = []
+    for kind, chain in _all("list", "chains"):
+        here = kind == "chain" and str(chain.get("hook")) == hook
+        if here and str(chain.get("policy")) == "drop":
+            family, table = str(chain["family"]), str(chain["table"])
+            rules = json.dumps(list(_all("list", "table", family, table)))
+            if family in ("ip", "ip6", "inet") and f'"{link}"' not in rules:
+                found.append(f"{family} {table} {chain['name']}")
+    return found
+
+
+def _all(*words: str) -> Iterator[tuple[str, Found]]:
     try:
-        found = json.loads(run(*words))
+        found = json.loads(run("-j", *words))
     except (HostError, ValueError):
         return
     for one in cast("list[dict[str, Found]]", found.get("nftables", [])):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ringfence.errors import ConfigError, ConflictError, NotFoundError, UnsupportedError
-from ringfence.network import Policy, PublishedPort, attach, links, manage
+from ringfence.network import Policy, PublishedPort, attach, links, manage, tables
 from ringfence.network.kernel import bridge_of, describe, table_of
 from ringfence.network.store import NetworkSpec, Store
 from tests.functional.network.test_shared import addresses, pings
@@ -286,6 +286,40 @@ def test_the_hosts_own_bridge_keeps_its_address_too(make_guest: MakeGuest) -> No
     finally:
         for name in (bridge, port):
             subprocess.run(["ip", "link", "del", name], check=True)
+
+
+@pytest.fixture
+def strict_firewall() -> Iterator[str]:
+    """A firewall of the host that drops what it doesn't know."""
+    name = f"strict{os.getpid()}"
+    chains = "".join(
+        f"add chain ip {name} {hook} {{ type filter hook {hook} priority 0; policy drop; }}\n"
+        f"add rule ip {name} {hook} iifname lo accept\n"
+        for hook in ("input", "forward")
+    )
+    tables.run("-f", "-", script=f"add table ip {name}\n{chains}")
+    yield name
+    tables.run("delete", "table", "ip", name)
+
+
+def test_a_firewall_of_the_host_that_drops_is_said_with_what_admits_it(
+    make_guest: MakeGuest, peer: Peer, strict_firewall: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    guest = make_guest("nat", dns=())
+    assert ask(guest, peer.v4, 7) == "TimeoutError"
+    told = caplog.text
+    commands = [text.split(" nft ")[1].split("\n")[0] for text in told.split("accept")[:-1]]
+    bridge = bridge_of(Store().find("nat"))
+    assert len(commands) == 3
+    for command in commands:
+        assert bridge in command
+        assert strict_firewall in command
+        tables.run(*command.split(), "accept")
+    assert ask(guest, peer.v4, 7) == "hello"
+    guest.close()
+    caplog.clear()
+    make_guest("nat", dns=())
+    assert caplog.text == ""
 
 
 def test_a_link_that_goes_while_it_is_removed_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

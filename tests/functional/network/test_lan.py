@@ -106,6 +106,15 @@ def test_a_machine_says_its_own_address(make_guest: MakeGuest, plain_lan: Lan) -
         make_guest(network, name="two", dns=(), addresses=("203.0.113.5",))
 
 
+def test_packets_are_as_large_as_the_lans(make_guest: MakeGuest, plain_lan: Lan) -> None:
+    ip("link", "set", plain_lan.interface, "mtu", "9000")
+    assert plain_lan.peer.run("ip", "link", "set", "eth0", "mtu", "9000").returncode == 0
+    one = make_guest(f"bridge:{plain_lan.interface}", name="one", dns=(), addresses=("10.93.0.77",))
+    for guest, address in ((one, PEER4), (one, HOST4), (plain_lan.peer, HOST4)):
+        large = ("ping", "-c", "1", "-W", "1", "-M", "do", "-s", "8972", address)
+        assert guest.run(*large).returncode == 0, address
+
+
 def test_rules_about_addresses_hold_on_a_lan(make_guest: MakeGuest, plain_lan: Lan) -> None:
     network = f"bridge:{plain_lan.interface}"
     rules = Policy(allow=[f"{PEER4}:7"])

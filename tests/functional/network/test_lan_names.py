@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 
+from ringfence import Machine
 from ringfence.errors import UnsupportedError
 from ringfence.network import AttachOptions, Policy, addresses, attach, manage
 from ringfence.network.kernel import refusals
 from ringfence.network.store import NetworkSpec, Store
 from tests.framework.lan import FAR4, FAR6, HOST4, HOST6, PEER4, Lan, ip
 from tests.functional.network.test_kernel_rules import _RAW
+from tests.functional.network.test_machines import _state, engine
 from tests.functional.network.test_names_seen import _RESET, _TLS, _WEB, _web
 from tests.functional.network.test_shared import pings
 from tests.functional.network.test_user import ask, ask_udp, resolve
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from ringfence.machine.spec import EngineName
     from tests.functional.network.conftest import Guest, MakeGuest
+
+__all__ = ["_state", "engine"]
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
 
@@ -323,3 +328,15 @@ def test_a_host_without_an_address_there_tells_no_names(lan: Lan) -> None:
         manage.create(spec)
     assert lan.state() == before
     assert Store().names() == []
+
+
+def test_whole_machines_are_held(engine: EngineName, lan: Lan) -> None:
+    network = f"bridge:{lan.interface}"
+    curl = ["curl", "--silent", "--show-error", "--max-time", "10"]
+    with Machine(engine=engine, network=network, allow=["good.example"]) as machine:
+        asked = machine.run([*curl, "http://good.example/"])
+        assert asked.stdout.endswith(f"{HOST4} good.example"), asked.stderr
+        assert machine.run([*curl, "http://evil.example/"]).exit_code == 6
+        shared = ["--connect-to", f"evil.example:80:{FAR4}:80", "http://evil.example/"]
+        # It was reset.
+        assert machine.run([*curl, *shared]).exit_code == 56

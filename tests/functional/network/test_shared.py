@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ringfence.errors import ConfigError, ConflictError, NotFoundError
+from ringfence.errors import ConfigError, ConflictError, NotFoundError, UnsupportedError
 from ringfence.network import Policy, attach, gateway, manage
 from ringfence.network.store import NetworkSpec, Store
 from ringfence.network.user import control_path
@@ -157,6 +157,20 @@ def test_wrong_wishes_are_refused_and_leave_nothing(home: Path) -> None:  # noqa
     with pytest.raises(NotFoundError, match="no network"):
         attach("nowhere", "m", "vm")
     assert Store().names() == ["a"]
+
+
+def test_isolated_has_nothing_that_rules_could_be_about(
+    make_guest: MakeGuest, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UnsupportedError, match="nothing leaves"):
+        manage.create(NetworkSpec(name="alone", mode="isolated", allow=("10.0.0.0/8",)))
+    manage.create(NetworkSpec(name="alone", mode="isolated"))
+    with pytest.raises(UnsupportedError, match="nothing leaves"):
+        manage.set_policy("alone", Policy(default="deny"))
+    assert not Store().find("alone").policy.says_something
+    # A machine's rules may be for another of its networks.
+    make_guest("alone", policy=Policy(default="deny"))
+    assert "nothing leaves alone" in caplog.text
 
 
 def test_one_machine_has_rules_of_its_own_beside_the_networks(
