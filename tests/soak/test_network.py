@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,6 +95,11 @@ def test_a_day_of_connections_leaves_nothing(
             status = _settled(control)
             assert status["buffer_bytes"] == 0
             after, descriptors_after = _figures(pid)
+            sys.stdout.write(
+                f"\n{mode}: {done} connections in {SECONDS:.0f} s; memory {memory} KiB before,"
+                f" {after} KiB after; descriptors {descriptors} and {descriptors_after},"
+                f" {status['udp_flows']} of them of datagrams' flows\n"
+            )
             assert after < memory + 4096
             # Datagrams' flows are kept for minutes, each with its descriptor.
             assert descriptors_after - descriptors <= int(str(status["udp_flows"]))

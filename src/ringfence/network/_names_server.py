@@ -35,7 +35,7 @@ else:
 
 _ASK_TIMEOUT_S = 3.0
 _IDLE_S = 10.0
-_MAX_ASKED = 512
+_MAX_ASKED, _MAX_ASKED_BY_ONE = 512, 128
 _MAX_STREAMS = 128
 _MAX_MESSAGE = 65535
 _REFUSED, _FAILED = 5, 2
@@ -55,7 +55,7 @@ class Names:
         self._pinned: dict[tuple[str, str], float] = {}
         self._refused: list[Json] = []
         self._written = 0.0
-        self._asked = 0
+        self._asked: dict[str, int] = {}
         self._config: dict[str, object] = {}
         self.load()
 
@@ -136,9 +136,10 @@ class Names:
         if reason is not None:
             self._refuse(source, door, name, reason)
             return dns.reply(query, end, _REFUSED)
-        if self._asked >= _MAX_ASKED:
+        asked = self._asked.get(who, 0)
+        if asked >= _MAX_ASKED_BY_ONE or sum(self._asked.values()) >= _MAX_ASKED:
             return None
-        self._asked += 1
+        self._asked[who] = asked + 1
         try:
             heard = await self._ask(query, end, who, stream=stream)
             if heard is not None:
@@ -146,7 +147,9 @@ class Names:
         except (ValueError, struct.error, OSError):
             heard = None
         finally:
-            self._asked -= 1
+            self._asked[who] -= 1
+            if not self._asked[who]:
+                del self._asked[who]
         return heard or dns.reply(query, end, _FAILED)
 
     @staticmethod

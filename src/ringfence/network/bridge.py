@@ -21,7 +21,6 @@ from ringfence.network.store import Store
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import ExitStack
-    from pathlib import Path
 
     from ringfence.network.attachment import Attachment
     from ringfence.network.options import AttachOptions, Kind
@@ -61,10 +60,6 @@ def _doors_at(bridge: str) -> list[str]:
     return own
 
 
-def _record(spec: NetworkSpec) -> Path:
-    return Store().folder(spec.name) / "moved.json"
-
-
 def join(
     spec: NetworkSpec, member: Member, kind: Kind, options: AttachOptions, stack: ExitStack
 ) -> Attachment:
@@ -81,8 +76,7 @@ def join(
     told_by: tuple[str, ...] = ()
     if spec.policy.about_names or options.policy.about_names:
         told_by = tuple(_doors_at(lan.master_of(spec.interface) or spec.interface))
-    if lan.master_of(spec.interface) is None:
-        lan.enslave(spec.interface, kernel.bridge_of(spec), _record(spec))
+    lan.join(spec.interface, kernel.bridge_of(spec), kernel.table_of(spec))
     bridge = kernel.bridge_of(spec)
     interface = _interface(bridge, member, options, stack)
     interface = dataclasses.replace(interface, mtu=spec.mtu)
@@ -164,4 +158,4 @@ def down(spec: NetworkSpec) -> None:
     relay.stop(spec)
     names.stop(Store().folder(spec.name))
     firewall.delete(kernel.table_of(spec))
-    lan.release(_record(spec))
+    lan.leave(spec.interface, kernel.table_of(spec))

@@ -1,19 +1,21 @@
 """An interface of the host that becomes a port of a bridge for a while, with the host's addresses safe.
 
 The addresses and routes move to the bridge, which has the interface's Ethernet address, in one
-batch; open connections of the host go on. What was moved is written down first, so that whoever
-comes next can move it back, however this process ends.
+batch; open connections of the host go on. What was moved is written down first, for all users of
+this host, so that whoever comes next can move it back, however this process ends.
 
 Source: ``ip-link(8)``, ``ip-address(8)``, ``ip-route(8)``.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -22,10 +24,13 @@ from ringfence.errors import HostError, NotFoundError, UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["address_on", "check", "enslave", "master_of", "own_addresses", "release", "router_on"]
+__all__ = ["address_on", "check", "join", "leave", "master_of", "own_addresses", "router_on"]
 
 _SYS = Path("/sys/class/net")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+# The same one for all users of the host.
+_MOVED = Path("/run/ringfence")
+_NETNS = Path("/proc/self/ns/net")
 _ETHERNET = "1"
 _FOREVER = 4294967295
 _TIMEOUT_S = 30.0
@@ -135,17 +140,71 @@ def _batch(lines: list[str], *, whatever: bool = False) -> None:
                 raise
 
 
-def enslave(name: str, bridge: str, record: Path) -> None:
-    """Puts an interface on a bridge of its own, with the host's addresses.
+def _record(name: str) -> Path:
+    # Other network namespaces may have interfaces of the same name.
+    return _MOVED / f"lan-{_NETNS.stat().st_ino}-{name}.json"
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No other user of this host moves an interface meanwhile.
+
+    Raises:
+        HostError: What was moved can't be written down.
+    """
+    try:
+        _MOVED.mkdir(mode=0o755, exist_ok=True)
+        fd = os.open(_MOVED / "lan.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        message = f"cannot write to {_MOVED}: {error.strerror}"
+        raise HostError(message, errno=error.errno, path=str(_MOVED)) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _read(name: str) -> dict[str, object] | None:
+    with suppress(OSError, ValueError):
+        found = cast("dict[str, object]", json.loads(_record(name).read_text()))
+        # After a start of the host it has what its configuration says.
+        if found["boot"] == _BOOT.read_text().strip():
+            return found
+    return None
+
+
+def _write(document: dict[str, object]) -> None:
+    record = _record(str(document["interface"]))
+    fresh = record.with_suffix(".new")
+    fresh.write_text(json.dumps(document))
+    fresh.rename(record)
+
+
+def join(name: str, bridge: str, user: str) -> None:
+    """Puts an interface on a bridge of its own, with the host's addresses, if it is on none.
 
     Args:
         name: The interface.
-        bridge: The bridge; made here.
-        record: Where it is written down.
+        bridge: The bridge; made here. Another user may have put it on another.
+        user: Who needs it there until :func:`leave`.
 
     Raises:
         HostError: The host refuses; all is as it was.
     """
+    with _alone():
+        document = _read(name)
+        if document is not None and not document["moved"]:
+            # Somebody was killed over it.
+            _release(document)
+        if master_of(name) is None:
+            _enslave(name, bridge, user)
+        elif document is not None and document["bridge"] == master_of(name):
+            users = cast("list[str]", document["users"])
+            _write({**document, "users": sorted({*users, user})})
+
+
+def _enslave(name: str, bridge: str, user: str) -> None:
     mac = (_SYS / name / "address").read_text().strip()
     mtu = (_SYS / name / "mtu").read_text().strip()
     addresses, routes = _addresses(name), _routes(name)
@@ -155,10 +214,10 @@ def enslave(name: str, bridge: str, record: Path) -> None:
         "boot": _BOOT.read_text().strip(),
         "addresses": addresses,
         "routes": routes,
+        "users": [user],
+        "moved": False,
     }
-    fresh = record.with_suffix(".new")
-    fresh.write_text(json.dumps(document))
-    fresh.rename(record)
+    _write(document)
     try:
         _batch(
             [
@@ -170,28 +229,40 @@ def enslave(name: str, bridge: str, record: Path) -> None:
             ]
         )
     except HostError:
-        release(record)
+        _release(document)
         raise
+    _write({**document, "moved": True})
 
 
-def release(record: Path) -> None:
-    """Gives an interface back what :func:`enslave` moved; nothing to do when nothing was."""
-    try:
-        document = json.loads(record.read_text())
-    except (OSError, ValueError):
+def leave(name: str, user: str) -> None:
+    """Gives an interface back what :func:`join` moved, when nobody else needs it there."""
+    if not _record(name).exists():
         return
+    with _alone():
+        document = _read(name)
+        if document is None:
+            _record(name).unlink(missing_ok=True)
+            return
+        users = [one for one in cast("list[str]", document["users"]) if one != user]
+        if users:
+            _write({**document, "users": users})
+        else:
+            _release(document)
+
+
+def _release(document: dict[str, object]) -> None:
     name, bridge = str(document["interface"]), str(document["bridge"])
-    # After a start of the host it has what its configuration says.
-    if document["boot"] == _BOOT.read_text().strip():
+    # Another bridge is the host's own doing.
+    if master_of(name) in (bridge, None):
         # What changed meanwhile is what counts, if the move was done.
-        addresses = _addresses(bridge) or document["addresses"]
-        routes = _routes(bridge) or document["routes"]
+        addresses = _addresses(bridge) or cast("list[Address]", document["addresses"])
+        routes = _routes(bridge) or cast("list[str]", document["routes"])
         _batch([f"link set {name} nomaster"], whatever=True)
         _batch(list(_moved(addresses, routes, name)), whatever=True)
         _batch([f"link del {bridge}"], whatever=True)
         # What the bridge's end took along.
         _batch(list(_moved([], routes, name)), whatever=True)
-    record.unlink(missing_ok=True)
+    _record(name).unlink(missing_ok=True)
 
 
 def address_on(bridge: str, text: str) -> str | None:

@@ -7,7 +7,7 @@ has for bridges.
 
 Where rules are about names, two things are led up to the host instead of on to the LAN: whatever
 the machine asks name servers, and connections that have to show their names. Such frames get the
-bridge's own Ethernet address and a mark that says whose they are, by which a table ``inet``
+Ethernet address of the host's end of the link and a mark that says whose they are, by which a table ``inet``
 translates their destination to a door of the machine's: of the name server
 (:mod:`ringfence.network.names`) or of the relay (:mod:`ringfence.network.relay`).
 
@@ -76,6 +76,7 @@ class _Machine:
         name = member.name or member.machine_id
         self.number = number
         self.link = member.link
+        self.mac = member.mac
         self.owner = owner
         self.key = owner.key
         self.named = named
@@ -120,7 +121,7 @@ def hold(lan: Lan, spec: NetworkSpec, members: Sequence[Member]) -> None:
         held.chain(f"hears_{one.number}", _hears(one))
     heard = [f'oifname "{one.link}" jump hears_{one.number}' for one in machines]
     held.chain("heard", heard, "type filter hook postrouting priority -10; policy accept;")
-    _lead_up(held, lan, machines)
+    _lead_up(held, machines)
     tables.write(held, _translate(lan, machines))
 
 
@@ -137,6 +138,7 @@ def _add_sets(held: Table, one: _Machine) -> None:
     for version, (_, address) in _FAMILIES.items():
         three = f"{address} . inet_service . inet_service"
         held.sets[f"heard_{one.key}_{version}"] = f"type {address}; {_SET.format(_LONG)}"
+        held.sets[f"lately_{one.key}_{version}"] = f"type {address}; {_SET.format(_SHORT)}"
         held.sets[f"talks_{one.key}_{version}"] = f"type {three}; {_SET.format(_TALK)}"
         held.sets[f"relayed_{one.key}_{version}"] = f"type {three}; {_SET.format(_LONG)}"
 
@@ -169,12 +171,11 @@ def _flow(one: _Machine, family: str, version: int) -> tuple[str, str]:
 def _add_relay(held: Table, one: _Machine) -> None:
     """Adds a chain ``relay_NUMBER`` that leads a connection up for all its time."""
     rules = []
-    up = f"meta mark set {one.mark:#x} goto lead_up"
     for version, family, _ in _rows(one.relay):
         key, known = _flow(one, family, version)
         for when, stays in ((f"{_ENDS_TCP}", _SHORT), (f"{_ENDS_TCP.replace('!=', '==')}", _LONG)):
             remember = f"update {known} {{ {key} timeout {stays} }}"
-            rules.append(f"meta protocol {family} {when} {remember} {up}")
+            rules.append(f"meta protocol {family} {when} {remember} goto lead_up_{one.number}")
     held.chain(f"relay_{one.number}", [*rules, "jump refuse_no_name"])
 
 
@@ -194,16 +195,17 @@ def _egress(held: Table, network: Owner, one: _Machine) -> Iterator[str]:
 
 def _answers(one: _Machine) -> Iterator[str]:
     for version, (family, _) in _FAMILIES.items():
-        yield f"{family} daddr @heard_{one.key}_{version} return"
-    yield "jump refuse_not_allowed"
+        for known in ("heard", "lately"):
+            yield f"{family} daddr @{known}_{one.key}_{version} return"
+    # What may be begun may be answered.
+    yield f"goto egress_{one.number}"
 
 
 def _begins(one: _Machine, *, ruled: bool) -> Iterator[str]:
     yield "ether type != { ip, ip6 } return"
     if one.names:
         for _, family, _ in _rows(one.names):
-            up = f"meta mark set {one.mark:#x} goto lead_up"
-            yield f"meta protocol {family} {_ASKING} {up}"
+            yield f"meta protocol {family} {_ASKING} goto lead_up_{one.number}"
     if one.named:
         yield f"{_ASKING} jump refuse_no_name"
         yield from _ASKING_OTHERS
@@ -239,21 +241,29 @@ def _answering(one: _Machine) -> Iterator[str]:
 
 
 def _hears(one: _Machine) -> Iterator[str]:
+    # What is for it or for a group, and not what a bridge sends everywhere, not knowing better.
+    group = "01:00:00:00:00:00"
+    yield f"ether daddr & {group} != {group} ether daddr != {one.mac} return"
     for version, (family, _) in _FAMILIES.items():
         which = f"meta protocol {family}"
-        yield f"{which} update @heard_{one.key}_{version} {{ {family} saddr }}"
+        # Only connections that go on are silent for long: a flood of others is forgotten.
+        going_on = _ENDS_TCP.replace("!=", "==")
+        yield f"{which} {going_on} update @heard_{one.key}_{version} {{ {family} saddr }} return"
+        yield f"{which} update @lately_{one.key}_{version} {{ {family} saddr }}"
         talk = f"{family} saddr . udp sport . udp dport"
         yield f"{which} meta l4proto udp update @talks_{one.key}_{version} {{ {talk} }}"
 
 
-def _lead_up(held: Table, lan: Lan, machines: Sequence[_Machine]) -> None:
+def _lead_up(held: Table, machines: Sequence[_Machine]) -> None:
     """Adds what leads frames up to the host."""
-    mac = links.mac_of(lan.bridge)
-    held.chain("lead_up", [f"ether daddr set {mac} meta pkttype set host accept"])
     passing = []
     for one in machines:
+        # Whatever the bridge's own address is, those of its ports are the host's as well.
+        mac = links.port_mac(one.link)
+        up = f"meta mark set {one.mark:#x} ether daddr set {mac} meta pkttype set host accept"
+        held.chain(f"lead_up_{one.number}", [up])
         if one.names or one.relay:
-            # The bridge has got another address since: they would go to everybody.
+            # A bridge that doesn't know the address sends a frame everywhere.
             passing.append(f'iifname "{one.link}" ether daddr {mac} drop')
         if one.names:
             # No other host answers what it asks.

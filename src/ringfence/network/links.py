@@ -29,9 +29,9 @@ __all__ = [
     "has_rights",
     "is_bridge",
     "link_name",
-    "mac_of",
     "mtu_of",
     "own_address",
+    "port_mac",
     "remove",
     "require_rights",
     "statistics",
@@ -141,18 +141,13 @@ def ensure_bridge(name: str, addresses: Sequence[str], mtu: int) -> None:
         route.link("set", index=index, state="up")
 
 
-def mac_of(name: str) -> str:
-    """The Ethernet address of a link.
+def port_mac(name: str) -> str:
+    """The Ethernet address that the host's end of a machine's link has.
 
-    Raises:
-        HostError: There is no such link.
+    A bridge has the lowest one of its ports, unless it was given one: the host's own bridge must
+    not get another, and with it the host, because machines come and go.
     """
-    path = Path("/sys/class/net") / name / "address"
-    try:
-        return path.read_text().strip()
-    except OSError as error:
-        message = f"this host has no interface {name!r}"
-        raise HostError(message, errno=error.errno, path=str(path)) from error
+    return f"fe{derive_mac(name, 'port')[2:]}"
 
 
 def mtu_of(name: str) -> int | None:
@@ -207,13 +202,10 @@ def _open_tun() -> int:
 
 
 def _enslave(name: str, bridge: str, mtu: int) -> None:
-    # A bridge has the lowest address of its ports, unless it was given one: the host's own bridge
-    # must not get another, and with it the host, because machines come and go.
-    own = f"fe{derive_mac(name, 'port')[2:]}"
     with _route(f"put {name} on the bridge {bridge}") as route:
         master = _index(route, bridge)
         index = _index(route, name)
-        route.link("set", index=index, address=own)
+        route.link("set", index=index, address=port_mac(name))
         # The host has no address there: it has the bridge's.
         with suppress(OSError):
             Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")

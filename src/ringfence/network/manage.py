@@ -33,7 +33,8 @@ _MODULES = {
 
 
 # Through memory nothing has to be split; the host's links are Ethernet.
-_MTU = {"user": 65520, "isolated": 65520}
+_MAX_MTU = 65520
+_MTU = {"user": _MAX_MTU, "isolated": _MAX_MTU}
 
 
 Names = dict[str, list[str]]
@@ -88,9 +89,10 @@ def complete(spec: NetworkSpec, store: Store) -> NetworkSpec:
     if spec.mtu == 0:
         # A bridge's packets are as large as those of all its ports: the host's own are on a LAN.
         lan = links.mtu_of(spec.interface) if spec.mode == "bridge" else None
-        spec = dataclasses.replace(spec, mtu=lan or _MTU.get(spec.mode, 1500))
-    if not 1280 <= spec.mtu <= 65520:
-        message = f"the largest packet is 1280 to 65520 bytes, not {spec.mtu}"
+        mtu = min(lan or _MTU.get(spec.mode, 1500), _MAX_MTU)
+        spec = dataclasses.replace(spec, mtu=mtu)
+    if not 1280 <= spec.mtu <= _MAX_MTU:
+        message = f"the largest packet is 1280 to {_MAX_MTU} bytes, not {spec.mtu}"
         raise ConfigError(message)
     if (spec.mode == "bridge") != bool(spec.interface):
         message = "the mode bridge, and no other, is on an interface of the host"

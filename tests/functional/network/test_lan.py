@@ -96,6 +96,26 @@ def test_a_kill_at_any_moment_leaves_the_hosts_addresses(plain_lan: Lan) -> None
     assert Store().names() == []
 
 
+def test_users_share_an_interface_and_the_last_one_gives_it_back(
+    make_guest: MakeGuest, plain_lan: Lan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plain_lan.state()
+    network = f"bridge:{plain_lan.interface}"
+    monkeypatch.setenv("RINGFENCE_HOME", str(tmp_path / "one"))
+    one = make_guest(network, name="box", dns=(), addresses=("10.93.0.50",))
+    moved = plain_lan.state()
+    monkeypatch.setenv("RINGFENCE_HOME", str(tmp_path / "two"))
+    two = make_guest(network, name="box", dns=(), addresses=("10.93.0.51",))
+    assert pings(one, "10.93.0.51")
+    monkeypatch.setenv("RINGFENCE_HOME", str(tmp_path / "one"))
+    one.close()
+    assert plain_lan.state() == moved
+    assert ask(two, PEER4, 7) == "hello"
+    monkeypatch.setenv("RINGFENCE_HOME", str(tmp_path / "two"))
+    two.close()
+    assert plain_lan.state() == before
+
+
 def test_a_machine_says_its_own_address(make_guest: MakeGuest, plain_lan: Lan) -> None:
     network = f"bridge:{plain_lan.interface}"
     one = make_guest(network, name="one", dns=(), addresses=("10.93.0.77", "fd00:93::77"))

@@ -340,3 +340,26 @@ def test_whole_machines_are_held(engine: EngineName, lan: Lan) -> None:
         shared = ["--connect-to", f"evil.example:80:{FAR4}:80", "http://evil.example/"]
         # It was reset.
         assert machine.run([*curl, *shared]).exit_code == 56
+
+
+def test_a_bridge_of_the_hosts_own_may_have_no_other_port(make_guest: MakeGuest, lan: Lan) -> None:
+    """Its Ethernet address is then its first machine's, from when that is there."""
+    bridge = f"rfs{lan.interface[3:]}"
+    ip("link", "add", bridge, "type", "bridge")
+    try:
+        ip("addr", "add", "10.95.0.1/24", "dev", bridge)
+        ip("link", "set", bridge, "up")
+        rules = Policy(deny=["evil.example"])
+        network, own = f"bridge:{bridge}", ("10.95.0.5",)
+        one = make_guest(network, name="one", dns=(), addresses=own, policy=rules)
+        assert resolve(one, "good.example") == [FAR4, FAR6]
+        assert resolve(one, "evil.example") == _REFUSED
+        with subprocess.Popen(["python3", "-c", _SERVES], stdout=subprocess.PIPE) as serving:
+            assert serving.stdout is not None
+            assert serving.stdout.readline() == b"ready\n"
+            # The host itself is reached past the relay.
+            assert ask_udp(one, "10.95.0.1", 7000) == "hello"
+            assert ask(one, "10.95.0.1", 7000) == "hello"
+        one.close()
+    finally:
+        ip("link", "del", bridge)

@@ -114,3 +114,30 @@ def test_addresses_in_answers_are_bounded_by_the_message() -> None:
     many = message[:6] + struct.pack(">H", 9) + message[8:] + record
     with pytest.raises(dns.MalformedError):
         dns.addresses(many)
+
+
+def test_one_machine_leaves_others_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine whose questions aren't answered by those who are asked keeps nobody else waiting."""
+    found = names(tmp_path, servers=["192.0.2.1"])
+
+    async def silent(_server: str, _query: bytes) -> bytes:
+        await asyncio.sleep(0.05)
+        raise OSError
+
+    monkeypatch.setattr(dns, "ask_datagram", silent)
+
+    async def flood() -> list[bytes | None]:
+        many = [
+            found.answer(query(f"n{number}.good.example"), "10.0.0.3", stream=False)
+            for number in range(500)
+        ]
+        other = found.answer(query("a.good.example"), "10.0.0.4", stream=False)
+        return await asyncio.gather(*many, other)
+
+    answers = asyncio.run(flood())
+    assert sum(one is not None for one in answers[:-1]) == 128
+    assert code(answers[-1]) == 2
+    # And it has its turn again.
+    assert code(answer(found, query("a.good.example"))) == 2
