@@ -1,6 +1,8 @@
 """Addresses that a LAN's own server gives to a machine, asked for in its name by the host.
 
-So a machine has them before it runs, whatever runs in it, and they are kept while it lives.
+So a machine has them before it runs, whatever runs in it, and they are kept while it lives. The
+host asks by a port of the bridge that is there just for this: what it sends out by the bridge
+itself doesn't come to a server of its own, such as a virtual network's.
 
 Source: RFC 2131, RFC 2132.
 """
@@ -8,8 +10,9 @@ Source: RFC 2131, RFC 2132.
 from __future__ import annotations
 
 import ipaddress
+import os
 import secrets
-import socket
+import select
 import struct
 import threading
 import time
@@ -17,11 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ringfence.errors import HostError
+from ringfence.network import links
+from ringfence.network.addresses import derive_mac
 
 __all__ = ["Lease", "Renewal", "ask"]
 
 _ETH_IP = 0x0800
-_ETH_ALL = 3
+_MTU = 1500
 _CLIENT, _SERVER = 68, 67
 _MAGIC = b"\x63\x82\x53\x63"
 _DISCOVER, _OFFER, _REQUEST, _ACK, _NAK = 1, 2, 3, 5, 6
@@ -56,7 +61,7 @@ def _checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def _frame(mac: bytes, number: bytes, options: list[tuple[int, bytes]]) -> bytes:
+def _frame(mac: bytes, number: bytes, options: list[tuple[int, bytes]], source: bytes) -> bytes:
     # Asked for by broadcast: nobody has the address yet.
     body = struct.pack(">BBBB4sHH16x16s192x", 1, 1, 6, 0, number, 0, 0x8000, mac.ljust(16, b"\0"))
     body += _MAGIC + b"".join(bytes((kind, len(data))) + data for kind, data in options) + b"\xff"
@@ -65,7 +70,7 @@ def _frame(mac: bytes, number: bytes, options: list[tuple[int, bytes]]) -> bytes
         ">BBHHHBBH4s4s", 0x45, 0x10, 20 + len(udp), 0, 0, 64, 17, 0, bytes(4), b"\xff" * 4
     )
     head = head[:10] + struct.pack(">H", _checksum(head)) + head[12:]
-    return b"\xff" * 6 + mac + struct.pack(">H", _ETH_IP) + head + udp
+    return b"\xff" * 6 + source + struct.pack(">H", _ETH_IP) + head + udp
 
 
 def _options(frame: bytes, mac: bytes, number: bytes) -> tuple[str, dict[int, bytes]] | None:
@@ -100,12 +105,10 @@ class _Client:
     def __init__(self, bridge: str, mac: str, name: str) -> None:
         self._mac = bytes.fromhex(mac.replace(":", ""))
         self._name = name.encode()[:63]
-        try:
-            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_ALL))
-            self._socket.bind((bridge, _ETH_ALL))
-        except OSError as error:
-            message = f"cannot ask for addresses on {bridge}: {error.strerror}"
-            raise HostError(message, errno=error.errno) from error
+        # Not the machine's: the bridge would send there what is for a machine that runs.
+        self._source = bytes.fromhex(derive_mac(mac, "asks").replace(":", ""))
+        link = links.link_name("rfd", bridge, mac)
+        (self._tap,) = links.add_tap(link, bridge, _MTU, headers=False)
 
     def ask(self, kind: int, more: list[tuple[int, bytes]]) -> tuple[str, dict[int, bytes]] | None:
         number = secrets.token_bytes(4)
@@ -115,15 +118,12 @@ class _Client:
         expected = [bytes((one,)) for one in ((_OFFER,) if kind == _DISCOVER else (_ACK, _NAK))]
         for wait_s in _WAITS_S:
             with suppress(OSError):
-                self._socket.send(_frame(self._mac, number, options))
+                os.write(self._tap, _frame(self._mac, number, options, self._source))
             deadline = time.monotonic() + wait_s
             while (left := deadline - time.monotonic()) > 0:
-                self._socket.settimeout(left)
-                try:
-                    frame = self._socket.recv(2048)
-                except OSError:
+                if not select.select([self._tap], [], [], left)[0]:
                     break
-                found = _options(frame, self._mac, number)
+                found = _options(os.read(self._tap, 2048), self._mac, number)
                 if found is not None and found[1].get(_KIND, b"")[:1] in expected:
                     return found
         return None
@@ -145,7 +145,7 @@ class _Client:
         )
 
     def close(self) -> None:
-        self._socket.close()
+        os.close(self._tap)
 
 
 def ask(bridge: str, mac: str, name: str) -> Lease | None:

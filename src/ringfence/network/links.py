@@ -170,15 +170,25 @@ def is_bridge(name: str) -> bool:
     return (path / "bridge").is_dir()
 
 
-def add_tap(name: str, bridge: str, mtu: int, queues: int = 1) -> list[int]:
+def add_tap(
+    name: str, bridge: str, mtu: int, queues: int = 1, *, headers: bool = True
+) -> list[int]:
     """A TAP device on a bridge, up; it goes when its descriptors are closed, one for each queue.
+
+    Args:
+        name: Its name.
+        bridge: The bridge.
+        mtu: The largest packet.
+        queues: How many queues.
+        headers: Frames have a virtio header.
 
     Raises:
         HostError: The kernel refuses.
     """
     tuns: list[int] = []
     try:
-        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
+        flags = _IFF_TAP | _IFF_NO_PI | (_IFF_MULTI_QUEUE if queues > 1 else 0)
+        flags |= _IFF_VNET_HDR if headers else 0
         for _ in range(queues):
             tuns.append(_open_tun())
             fcntl.ioctl(tuns[-1], _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))

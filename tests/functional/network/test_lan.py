@@ -116,6 +116,35 @@ def test_users_share_an_interface_and_the_last_one_gives_it_back(
     assert plain_lan.state() == before
 
 
+def test_a_server_of_the_host_itself_tells_addresses_too(
+    make_guest: MakeGuest, tmp_path: Path
+) -> None:
+    """As the networks of other virtual machines have one."""
+    bridge = f"rfu{os.getpid() % 100000}"
+    ip("link", "add", bridge, "type", "bridge")
+    try:
+        ip("addr", "add", "10.95.1.1/24", "dev", bridge)
+        ip("link", "set", bridge, "up")
+        words = [
+            "dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--port=0", f"--interface={bridge}",
+            "--bind-interfaces", f"--dhcp-leasefile={tmp_path / 'host-leases'}", "--user=root",
+            "--dhcp-range=10.95.1.100,10.95.1.120,255.255.255.0,1h",
+        ]  # fmt: skip
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as serving:
+            assert serving.stderr is not None
+            assert "started" in serving.stderr.readline()
+            one = make_guest(f"bridge:{bridge}", name="one", dns=())
+            own = one.attachment.interface
+            assert own.addresses[0].startswith("10.95.1.1")
+            assert own.gateways == ("10.95.1.1",)
+            assert pings(one, "10.95.1.1")
+            one.close()
+            serving.terminate()
+        assert "rfd" not in ip("-br", "link")
+    finally:
+        ip("link", "del", bridge)
+
+
 def test_a_machine_says_its_own_address(make_guest: MakeGuest, plain_lan: Lan) -> None:
     network = f"bridge:{plain_lan.interface}"
     one = make_guest(network, name="one", dns=(), addresses=("10.93.0.77", "fd00:93::77"))

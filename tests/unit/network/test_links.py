@@ -90,7 +90,7 @@ def test_a_text_is_one_rule_and_not_its_letters() -> None:
 
 def test_damaged_answers_of_a_lan_are_nobodys() -> None:
     mac, number = bytes.fromhex("020000000001"), b"\1\2\3\4"
-    frame = bytearray(dhcp._frame(mac, number, [(53, b"\2"), (54, bytes(4))]))
+    frame = bytearray(dhcp._frame(mac, number, [(53, b"\2"), (54, bytes(4))], mac))
     frame[34:38] = b"\0\x43\0\x44"
     frame[42] = 2
     found = dhcp._options(bytes(frame), mac, number)
