@@ -263,6 +263,8 @@ def _claims(member: Member) -> Iterator[str]:
     v6 = [ip for ip in member.addresses if ":" in ip]
     no = "jump refuse_spoofed"
     yield f"ether saddr != {member.mac} {no}"
+    # Groups that bridges keep to themselves: nobody behind one is a machine's to speak to.
+    yield f"ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 {no}"
     # Neither tags of other networks nor protocols that nobody here looks at.
     yield f"ether type != {{ ip, ip6, arp }} {no}"
     yield f"udp sport {{ 67, 547 }} {no}"

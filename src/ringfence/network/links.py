@@ -40,6 +40,8 @@ __all__ = [
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x4000, 0x0100
 _CAP_NET_ADMIN = 12
+# 01:80:c2:00:00:00 to 0f, but 01: those are pauses, which no bridge passes on.
+_GROUPS = 0xFFFD
 
 
 class _Route(Protocol):
@@ -220,6 +222,10 @@ def _enslave(name: str, bridge: str, mtu: int) -> None:
         with suppress(OSError):
             Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
         route.link("set", index=index, mtu=mtu, master=master)
+        # Frames to the groups that bridges keep to themselves would reach the host past the rules,
+        # as if they came to this link: they are to meet the rules as all others do.
+        with suppress(OSError):
+            Path(f"/sys/class/net/{name}/brport/group_fwd_mask").write_text(str(_GROUPS))
         route.link("set", index=index, state="up")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.functional.network.test_shared import addresses
 
 if TYPE_CHECKING:
+    from tests.framework.networks import Peer
     from tests.functional.network.conftest import MakeGuest
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
@@ -87,3 +89,32 @@ def test_neighbours_hear_no_false_servers_and_routers(make_guest: MakeGuest, net
     words = (addresses(victim)[0], first, victim_mac, link.partition("/")[0], addresses(liar)[0])
     liar.python(_LIE, *words)
     assert listening.communicate()[0] == "['udp 9999 9999']\n"
+
+
+# A datagram for the host, to each of the Ethernet addresses that bridges keep to themselves.
+_TO_GROUPS = """
+import socket, struct, sys
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+s.bind(("eth0", 0))
+def sum16(data):
+    n = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while n >> 16: n = (n & 0xffff) + (n >> 16)
+    return ~n & 0xffff
+body = struct.pack(">HHHH", 9, int(sys.argv[3]), 12, 0) + b"past"
+ip = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(body), 0, 0, 64, 17, 0,
+                 socket.inet_aton(sys.argv[1]), socket.inet_aton(sys.argv[2]))
+ip = ip[:10] + struct.pack(">H", sum16(ip)) + ip[12:]
+for low in range(16):
+    s.send(bytes.fromhex(f"0180c20000{low:02x}") + s.getsockname()[4] + b"\\x08\\0" + ip + body + bytes(18))
+"""
+
+
+def test_the_groups_of_bridges_are_no_way_past_the_rules(make_guest: MakeGuest, peer: Peer) -> None:
+    liar = make_guest("nat", dns=())
+    host = peer.v4[:-1] + "1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as heard:
+        heard.bind((host, 0))
+        heard.settimeout(5)
+        liar.python(_TO_GROUPS, addresses(liar)[0], host, str(heard.getsockname()[1]))
+        heard.sendto(b"all", heard.getsockname())
+        assert heard.recv(100) == b"all"
