@@ -33,7 +33,7 @@ def main() -> int:
     run.add_argument("--rounds", type=int, default=3)
     run.add_argument("--quick", action="store_true", help="one round, no whole programs")
     run.add_argument(
-        "--engine", choices=["bt", "kvm"], default="bt", help="of boot, commands and vm"
+        "--engine", choices=["bt", "kvm"], default="bt", help="of boot, commands, vm and network"
     )
     run.add_argument("--out", type=Path)
     compare = verbs.add_parser("compare", help="two runs beside each other")
@@ -55,9 +55,10 @@ def main() -> int:
         if name == "bt":
             suites += bt.run(rounds, whole=not options.quick, log=sys.stderr.write)
         if name == "network":
-            suites += network.run(rounds, log=sys.stderr.write)
-            suites += relay.run(rounds, log=sys.stderr.write)
-            suites += tap.run(rounds, log=sys.stderr.write)
+            if options.engine == "bt":
+                suites += network.run(rounds, log=sys.stderr.write)
+                suites += relay.run(rounds, log=sys.stderr.write)
+            suites += tap.run(rounds, engine=options.engine, log=sys.stderr.write)
         if name == "containers":
             suites += containers.run(rounds, log=sys.stderr.write)
         if name == "roots":

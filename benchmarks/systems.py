@@ -69,6 +69,7 @@ class Work:
         disk: A raw image for ``/dev/vda``; what is written to it is lost.
         share: A directory that the guest has by virtio-fs, read only, under the tag ``share``.
         tap: An open TAP device, which its network card is plugged into.
+        vhost: An instance of vhost-net, which moves the card's frames.
         timeout_s: How long it may take.
     """
 
@@ -78,6 +79,7 @@ class Work:
     disk: Path | None = None
     share: Path | None = None
     tap: int | None = None
+    vhost: int | None = None
     timeout_s: float = 300.0
 
 
@@ -128,7 +130,9 @@ def prepare(work: Work, engine: str, stack: ExitStack) -> VmProcess:
         devices.append({"type": "fs", "tag": "share", "entries": [entry]})
     if work.tap is not None:
         descriptors.append(work.tap)
-        devices.append({"type": "net", "tap_fds": [work.tap], "mac": MAC})
+        vhost = [] if work.vhost is None else [work.vhost]
+        descriptors += vhost
+        devices.append({"type": "net", "tap_fds": [work.tap], "vhost_fds": vhost, "mac": MAC})
     return VmProcess(
         _binaries.find("ringfence-vm"),
         engine=engine,
@@ -197,7 +201,8 @@ def qemu(work: Work, machine: str = "q35", accel: str = "tcg") -> Outcome:
         if work.share is not None:
             argv += _virtiofsd(work.share, stack)
         if work.tap is not None:
-            argv += ["-netdev", f"tap,id=net,fd={work.tap}"]
+            vhost = "" if work.vhost is None else f",vhost=on,vhostfd={work.vhost}"
+            argv += ["-netdev", f"tap,id=net,fd={work.tap}{vhost}"]
             argv += ["-device", f"virtio-net-pci,netdev=net,mac={MAC},romfile="]
         return _run_qemu(argv, work, stops=not machine.startswith("microvm"))
 
@@ -221,7 +226,7 @@ def _run_qemu(argv: list[str], work: Work, *, stops: bool) -> Outcome:
     start = time.monotonic()
     first = 0.0
     output = bytearray()
-    taps = [] if work.tap is None else [work.tap]
+    taps = [fd for fd in (work.tap, work.vhost) if fd is not None]
     with subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=taps
     ) as process:

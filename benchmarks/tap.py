@@ -1,7 +1,7 @@
-"""A virtual machine's network card on a TAP device, against QEMU's by its own translator.
+"""A virtual machine's network card on a TAP device, against QEMU's by its own translator, or by KVM.
 
 The same stock kernel and programs in both, one vCPU. The TAP device is on a bridge, and the server is a
-network namespace on the same bridge. Needs root.
+network namespace on the same bridge. By KVM each is measured with vhost-net too. Needs root.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 _HOST, _SERVER, _GUEST = "10.96.0.1", "10.96.0.2", "10.96.0.3"
 _SECONDS = 3
 _SHORT = 500
+_VHOST = ", vhost-net"
+# KVM is measured on a processor that is emulated.
+_TIMEOUT_S = {"bt": 180, "kvm": 600}
 _WORKS = ("TCP out", "TCP in", "short connections")
 _RATE = re.compile(r"([0-9.]+) Mbits/sec +receiver|([0-9.]+) Mbits/sec.*receiver")
 _ECHO = """
@@ -93,17 +97,32 @@ def _tap(bridge: str) -> Iterator[int]:
         os.close(fd)
 
 
-def run(rounds: int, *, log: Log) -> list[Suite]:
+@contextmanager
+def _vhost(*, wanted: bool) -> Iterator[int | None]:
+    fds = links.open_vhost(1) if wanted else [None]
+    if not fds:
+        message = "this host has no vhost-net"
+        raise RuntimeError(message)
+    yield fds[0]
+    if fds[0] is not None:
+        os.close(fds[0])
+
+
+def run(rounds: int, *, engine: str = "bt", log: Log) -> list[Suite]:
     """Measures.
 
     Args:
         rounds: How often each is done, the systems in turn.
+        engine: ``bt``, or ``kvm`` where there is a usable one.
         log: Gets a line for each step.
     """
+    accel = {"bt": "tcg", "kvm": "kvm"}[engine]
     run_by: dict[str, Callable[[Work], Outcome]] = {
-        "ringfence bt": systems.ours,
-        "QEMU tcg": systems.qemu,
+        f"ringfence {engine}": partial(systems.ours, engine=engine),
+        f"QEMU {accel}": partial(systems.qemu, accel=accel),
     }
+    if engine == "kvm":
+        run_by |= {f"{name}{_VHOST}": start for name, start in run_by.items()}
     suite = Suite(name="network: TAP", columns=tuple(run_by))
     missing = [name for name in ("iperf3", "qemu-system-x86_64") if shutil.which(name) is None]
     if os.geteuid() != 0 or missing:
@@ -119,8 +138,10 @@ def run(rounds: int, *, log: Log) -> list[Suite]:
         for number in range(rounds):
             for name, start in run_by.items():
                 log(f"{suite.name}: round {number + 1} of {rounds}, {name}\n")
-                with _tap(bridge) as tap:
-                    work = systems.Work(initramfs=initramfs, tap=tap, timeout_s=180)
+                with _tap(bridge) as tap, _vhost(wanted=name.endswith(_VHOST)) as vhost:
+                    work = systems.Work(
+                        initramfs=initramfs, tap=tap, vhost=vhost, timeout_s=_TIMEOUT_S[engine]
+                    )
                     _take(suite, name, start(work))
     _table(suite, tuple(run_by))
     return [suite]
@@ -141,6 +162,6 @@ def _table(suite: Suite, names: tuple[str, ...]) -> None:
     for work in _WORKS:
         found = [suite.series.get(f"{work}/{name}") for name in names]
         cells = tuple("-" if one is None else f"{one.median:.3g} {one.unit}" for one in found)
-        own, peer = found
+        own, peer = found[-2:]
         reached = own is not None and peer is not None and own.median >= peer.median
         suite.rows.append(Row(name=work, cells=cells, reached=reached))

@@ -23,6 +23,10 @@ BUSYBOX_PACKAGE = "busybox-static"
 MODULES = (
     *("virtio_pci", "virtio_console", "virtiofs", "overlay", "kvm-amd", "tun", "vhost_vsock"),
     *("loop", "ext4"),
+    # What networks of the host's kernel take.
+    *("bridge", "veth", "vhost_net", "nf_tables", "nft_chain_nat", "nft_masq", "nft_nat", "nft_ct"),
+    *("nft_fib_inet", "nft_limit", "nft_reject_inet", "nft_meta_bridge", "nft_log"),
+    *("nf_log_syslog", "nft_objref", "nft_redir", "nft_fib_ipv4", "nft_fib_ipv6"),
 )
 
 INIT = """\

@@ -92,6 +92,7 @@ impl BtEngine {
                 doorbells: false,
                 irq_events: false,
                 dirty_log: true,
+                unheard_writers: false,
                 debug: true,
             },
             host,

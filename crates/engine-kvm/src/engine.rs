@@ -113,6 +113,7 @@ impl KvmEngine {
             doorbells: kvm.check_extension(Cap::Ioeventfd),
             irq_events: kvm.check_extension(Cap::Irqfd) && kvm.check_extension(Cap::IrqRouting),
             dirty_log: true,
+            unheard_writers: true,
             debug: kvm.check_extension(Cap::SetGuestDebug),
         };
         let host = Host {

@@ -22,6 +22,9 @@ pub struct EngineCaps {
     pub irq_events: bool,
     /// [`Vm::take_dirty`](crate::Vm::take_dirty) works.
     pub dirty_log: bool,
+    /// The host's kernel may write to guest memory without anybody hearing of it
+    /// ([`UnheardWriter`](ringfence_memory::UnheardWriter)): nothing is derived from its content.
+    pub unheard_writers: bool,
     /// Single step and breakpoints work.
     pub debug: bool,
 }

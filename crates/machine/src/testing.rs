@@ -44,6 +44,7 @@ impl ScriptEngine {
                 doorbells: false,
                 irq_events: false,
                 dirty_log: false,
+                unheard_writers: false,
                 debug: false,
             },
             script,

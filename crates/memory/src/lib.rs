@@ -20,11 +20,13 @@
 mod layout;
 mod ram;
 mod tracker;
+mod unheard;
 pub mod vectored;
 
 pub use layout::{MMIO_HOLE_END, MMIO_HOLE_START, PAGE_SIZE, RamLayout, RamRange};
 pub use ram::{GuestRam, HugePages, MAX_RAM_BYTES, MemoryError};
-pub use tracker::{PageTracker, WriteWatcher};
+pub use tracker::{PageTracker, Unheard, WriteWatcher};
+pub use unheard::UnheardWriter;
 pub use vm_memory::{
     Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError,
     GuestMemoryRegion, Le16, Le32, Le64, MemoryRegionAddress, VolatileSlice,

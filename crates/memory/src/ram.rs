@@ -18,6 +18,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use crate::GuestMemory;
 use crate::PageTracker;
 use crate::RamLayout;
+use crate::Unheard;
 use crate::WriteWatcher;
 
 /// The most RAM a machine can have: 4 TiB, well inside every processor's physical address space.
@@ -200,10 +201,19 @@ impl GuestRam {
     }
 
     /// Starts or stops the dirty log of every run.
-    pub fn set_logging(&self, on: bool) {
-        for region in self.memory.iter() {
-            (**region).bitmap().set_logging(on);
+    ///
+    /// # Errors
+    /// [`Unheard`] while there is an [`UnheardWriter`](crate::UnheardWriter); the log is off then.
+    pub fn set_logging(&self, on: bool) -> Result<(), Unheard> {
+        let trackers = || self.memory.iter().map(|region| (**region).bitmap());
+        let result = trackers().try_for_each(|tracker| tracker.set_logging(on));
+        if result.is_err() {
+            for tracker in trackers() {
+                // Turning it off is never refused.
+                let _ = tracker.set_logging(false);
+            }
         }
+        result
     }
 
     /// Names who hears of device writes to watched pages.
@@ -274,7 +284,7 @@ mod tests {
     #[test]
     fn device_writes_reach_the_dirty_log_of_their_run() {
         let ram = GuestRam::new(1 << 20, HugePages::Off).expect("ram");
-        ram.set_logging(true);
+        ram.set_logging(true).expect("all are heard");
         ram.memory()
             .write_obj(1_u8, GuestAddress(0x5000))
             .expect("write");
@@ -292,7 +302,7 @@ mod tests {
             .expect("write");
         let blocks = || ram.file().metadata().expect("a file").blocks();
         assert_eq!(blocks(), 5 * 8);
-        ram.set_logging(true);
+        ram.set_logging(true).expect("all are heard");
         ram.discard(GuestAddress(0x1800), 0x2800).expect("discard");
         assert_eq!(blocks(), 3 * 8, "the half page at the front stays");
         let byte = |at| memory.read_obj::<u8>(GuestAddress(at)).expect("read");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 
@@ -21,12 +21,21 @@ pub trait WriteWatcher: Send + Sync {
     fn page_written(&self, page: GuestAddress);
 }
 
+/// The dirty log is on; the other bits count [`UnheardWriter`](crate::UnheardWriter)s.
+const LOGGING: u32 = 1 << 31;
+
+/// Somebody writes to guest memory whom the tracker doesn't hear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the host's kernel writes to guest memory, and isn't heard by the dirty log")]
+pub struct Unheard;
+
 /// Per-region page state: a dirty log and a watch set, one bit a page each.
 ///
 /// All methods may be called from any thread.
 pub struct PageTracker {
     base: GuestAddress,
-    logging: AtomicBool,
+    /// [`LOGGING`], or how many write unheard: never both.
+    state: AtomicU32,
     dirty: Box<[AtomicU64]>,
     watched: Box<[AtomicU64]>,
     watcher: OnceLock<Arc<dyn WriteWatcher>>,
@@ -36,7 +45,7 @@ impl std::fmt::Debug for PageTracker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("PageTracker")
             .field("base", &self.base)
-            .field("logging", &self.logging)
+            .field("logging", &self.is_logging())
             .finish_non_exhaustive()
     }
 }
@@ -56,7 +65,7 @@ impl PageTracker {
         let pages = page_of(len_bytes);
         Self {
             base,
-            logging: AtomicBool::new(false),
+            state: AtomicU32::new(0),
             dirty: bitmap(pages),
             watched: bitmap(pages),
             watcher: OnceLock::new(),
@@ -70,14 +79,39 @@ impl PageTracker {
     }
 
     /// Starts or stops the dirty log. Starting doesn't clear it: see [`Self::take_dirty`].
-    pub fn set_logging(&self, on: bool) {
-        self.logging.store(on, Ordering::SeqCst);
+    ///
+    /// # Errors
+    /// [`Unheard`] while somebody writes that the log would not hear of.
+    pub fn set_logging(&self, on: bool) -> Result<(), Unheard> {
+        self.change(|state| match state {
+            0 | LOGGING => Some(if on { LOGGING } else { 0 }),
+            _ => (!on).then_some(state),
+        })
     }
 
     /// Whether the dirty log is on.
     #[must_use]
     pub fn is_logging(&self) -> bool {
-        self.logging.load(Ordering::Relaxed)
+        self.state.load(Ordering::Relaxed) == LOGGING
+    }
+
+    /// Lets one more write unheard, unless somebody must hear of every write.
+    pub(crate) fn admit_unheard(&self) -> bool {
+        let next = |state| (state != LOGGING).then_some(state + 1);
+        self.watcher.get().is_none() && self.change(next).is_ok()
+    }
+
+    /// Ends what [`Self::admit_unheard`] allowed.
+    pub(crate) fn dismiss_unheard(&self) {
+        // Counted in before, so that it is no log and not zero.
+        let _ = self.change(|state| state.checked_sub(1));
+    }
+
+    fn change(&self, next: impl Fn(u32) -> Option<u32>) -> Result<(), Unheard> {
+        self.state
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, next)
+            .map(drop)
+            .map_err(|_| Unheard)
     }
 
     /// Reports writes to the page at byte `offset` of the region to the watcher from now on.
@@ -170,7 +204,7 @@ mod tests {
     #[test]
     fn a_write_across_pages_marks_each() {
         let tracker = PageTracker::new(GuestAddress(0), 1 << 20);
-        tracker.set_logging(true);
+        tracker.set_logging(true).expect("all are heard");
         tracker.mark_dirty(4095, 4098);
         assert_eq!(tracker.take_dirty()[0], 0b111);
         assert_eq!(tracker.take_dirty()[0], 0);
@@ -180,7 +214,7 @@ mod tests {
     fn nothing_is_logged_when_off_and_empty_writes_mark_nothing() {
         let tracker = PageTracker::new(GuestAddress(0), 1 << 20);
         tracker.mark_dirty(0, 1);
-        tracker.set_logging(true);
+        tracker.set_logging(true).expect("all are heard");
         tracker.mark_dirty(0, 0);
         assert_eq!(tracker.take_dirty()[0], 0);
     }
@@ -201,7 +235,7 @@ mod tests {
     #[test]
     fn offsets_past_the_region_are_ignored() {
         let tracker = PageTracker::new(GuestAddress(0), 4096);
-        tracker.set_logging(true);
+        tracker.set_logging(true).expect("all are heard");
         tracker.mark_dirty(1 << 40, 8);
         tracker.mark_dirty(usize::MAX, 8);
         assert!(!tracker.dirty_at(1 << 40));

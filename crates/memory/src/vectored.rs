@@ -234,7 +234,7 @@ mod tests {
         let slice = |at, len| memory.get_slice(GuestAddress(at), len).expect("ram");
         let written = write_at(disk, &[slice(0x1ffc, 5), slice(0x2001, 7)], 100);
         assert_eq!(written.expect("write"), 12);
-        ram.set_logging(true);
+        ram.set_logging(true).expect("all are heard");
         let into = [slice(0x5ffe, 2), slice(0x7000, 0x3000)];
         let read = read_at(disk, &into, 100, Wait::Allowed).expect("read");
         assert_eq!(read, 0x3002);

@@ -3,7 +3,9 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use ringfence_memory::GuestAddress;
 use ringfence_memory::vectored::GuestSlice;
+use vmm_sys_util::eventfd::EventFd;
 
 /// Bytes of `struct virtio_net_hdr_v1`, before every frame (virtio 1.2 §5.1.6).
 pub const HEADER_BYTES: usize = 12;
@@ -74,4 +76,59 @@ pub trait NetBackend: Send {
     /// # Errors
     /// `WouldBlock` when there is no room now; others when the frame is no good.
     fn send(&mut self, queue: u16, slices: &[GuestSlice<'_>]) -> io::Result<()>;
+
+    /// Whoever moves frames without this process, if there is somebody.
+    fn mover(&mut self) -> Option<&mut dyn FrameMover> {
+        None
+    }
+}
+
+/// A ring (virtio 1.2 §2.7) that is lent to somebody outside the process, and how the two sides
+/// hear of each other. The ring lies in guest memory: that was checked.
+#[derive(Clone, Copy)]
+pub struct LentRing<'a> {
+    /// Descriptors in it.
+    pub size: u16,
+    /// The descriptor table.
+    pub descriptors: GuestAddress,
+    /// The available ring.
+    pub driver: GuestAddress,
+    /// The used ring.
+    pub device: GuestAddress,
+    /// The next entry of the available ring.
+    pub next: u16,
+    /// Signalled when the driver made buffers available.
+    pub kick: &'a EventFd,
+    /// To be signalled when buffers were used.
+    pub call: &'a EventFd,
+    /// To be signalled when the driver broke the ring.
+    pub broken: &'a EventFd,
+}
+
+impl std::fmt::Debug for LentRing<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LentRing")
+            .field("size", &self.size)
+            .field("next", &self.next)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Moves frames between a pair of rings and the link by itself.
+///
+/// What it writes to guest memory nobody hears of
+/// ([`UnheardWriter`](ringfence_memory::UnheardWriter)).
+pub trait FrameMover: Send {
+    /// Begins with the pair's receive and send ring; `features` were negotiated.
+    ///
+    /// # Errors
+    /// When the host refuses, or somebody must hear of every write; nothing was begun then.
+    fn start(&mut self, pair: u16, features: u64, rings: [LentRing<'_>; 2]) -> io::Result<()>;
+
+    /// Ends, and returns the next entry of each available ring. Whatever comes of it, neither
+    /// guest memory nor the link is touched afterwards.
+    ///
+    /// # Errors
+    /// When the host doesn't say where the rings stand.
+    fn stop(&mut self, pair: u16) -> io::Result<[u16; 2]>;
 }

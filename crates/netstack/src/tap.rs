@@ -9,12 +9,16 @@ use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
 
+use ringfence_memory::GuestMemory;
 use ringfence_memory::vectored;
 use ringfence_memory::vectored::GuestSlice;
 
+use crate::FrameMover;
 use crate::HEADER_BYTES;
+use crate::LentRing;
 use crate::NetBackend;
 use crate::Offloads;
+use crate::vhost::Vhost;
 
 /// ioctl requests (`linux/if_tun.h`).
 const TUNGETIFF: libc::Ioctl = 0x8004_54d2;
@@ -71,6 +75,8 @@ pub struct Tap {
     active: u16,
     has_ufo: bool,
     name: String,
+    /// The kernel's own movers of frames, one a queue, or none.
+    vhost: Vec<Option<Vhost>>,
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
@@ -160,6 +166,7 @@ impl Tap {
             queues: files,
             has_ufo: true,
             name,
+            vhost: Vec::new(),
         };
         new.set_up()?;
         Ok(new)
@@ -185,6 +192,20 @@ impl Tap {
         self.has_ufo = set_offload(file, all | TUN_F_UFO).is_ok();
         // Nothing until the guest agrees.
         set_offload(file, 0).map_err(failed("set the offloads"))
+    }
+
+    /// Leaves the moving of frames to vhost-net's instances `files`, one a queue.
+    ///
+    /// # Errors
+    /// When there is another number of them, they are something else, or know less than a guest
+    /// may agree on; frames are moved by this process then.
+    pub fn set_vhost(&mut self, files: Vec<File>, memory: &GuestMemory) -> io::Result<()> {
+        if files.len() != self.queues.len() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let made = files.into_iter().map(|file| Vhost::new(file, memory));
+        self.vhost = made.map(|made| made.map(Some)).collect::<io::Result<_>>()?;
+        Ok(())
     }
 
     fn queue(&self, queue: u16) -> &File {
@@ -255,11 +276,38 @@ impl NetBackend for Tap {
     fn send(&mut self, queue: u16, slices: &[GuestSlice<'_>]) -> io::Result<()> {
         vectored::write(self.descriptor(queue), slices).map(drop)
     }
+
+    fn mover(&mut self) -> Option<&mut dyn FrameMover> {
+        (!self.vhost.is_empty()).then_some(self)
+    }
+}
+
+impl FrameMover for Tap {
+    fn start(&mut self, pair: u16, features: u64, rings: [LentRing<'_>; 2]) -> io::Result<()> {
+        let index = usize::from(pair);
+        let (Some(queue), Some(Some(vhost))) = (self.queues.get(index), self.vhost.get_mut(index))
+        else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        vhost.start(queue.as_fd(), features, rings)
+    }
+
+    fn stop(&mut self, pair: u16) -> io::Result<[u16; 2]> {
+        let place = self.vhost.get_mut(usize::from(pair));
+        let place = place.ok_or(io::ErrorKind::NotFound)?;
+        let vhost = place.as_mut().ok_or(io::ErrorKind::NotFound)?;
+        vhost.stop().unwrap_or_else(|| {
+            // What doesn't let go of the link is closed, which ends it for good.
+            *place = None;
+            Err(io::ErrorKind::BrokenPipe.into())
+        })
+    }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs::OpenOptions;
+    use std::net::UdpSocket;
 
     use ringfence_memory::GuestAddress;
     use ringfence_memory::GuestMemoryBackend;
@@ -271,7 +319,7 @@ mod tests {
 
     const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 
-    fn open_tap(name: &[u8], flags: libc::c_int) -> File {
+    pub(crate) fn open_tap(name: &[u8], flags: libc::c_int) -> File {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -288,8 +336,20 @@ mod tests {
         file
     }
 
+    pub(crate) fn set_up(name: &[u8]) {
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("a socket");
+        let mut request = empty_request();
+        for (to, &from) in request.ifr_name.iter_mut().zip(name) {
+            *to = libc::c_char::from_ne_bytes([from]);
+        }
+        request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP).expect("16 bits");
+        let fd = socket.as_raw_fd();
+        // SAFETY: SIOCSIFFLAGS reads one ifreq, which lives during the call.
+        check(unsafe { libc::ioctl(fd, libc::SIOCSIFFLAGS, &raw const request) }).expect("a link");
+    }
+
     /// Runs `body` in a network of its own. Says so and does nothing where that isn't allowed.
-    fn in_own_network(body: fn()) {
+    pub(crate) fn in_own_network(body: fn()) {
         let thread = std::thread::spawn(move || {
             #[expect(
                 deprecated,
@@ -305,7 +365,7 @@ mod tests {
         thread.join().expect("the body passes");
     }
 
-    const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    pub(crate) const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
     #[test]
     fn offloads_and_queues_are_switched() {

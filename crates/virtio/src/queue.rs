@@ -6,6 +6,7 @@
 //! worker from its other devices.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -115,6 +116,16 @@ impl Virtqueue {
     #[must_use]
     pub fn ring(&self) -> &Queue {
         &self.queue
+    }
+
+    /// Goes on where somebody else stopped serving the ring, who left nothing half done.
+    pub fn resume(&mut self, next_avail: u16, memory: &GuestMemory) {
+        self.queue.set_next_avail(next_avail);
+        // Where the used ring stands is in the ring itself: one that can't be read stays behind.
+        if let Ok(next_used) = self.queue.used_idx(memory, Ordering::Acquire) {
+            self.queue.set_next_used(next_used.0);
+        }
+        self.in_flight = 0;
     }
 
     /// Its doorbell.

@@ -35,6 +35,7 @@ use crate::config::Fd;
 use crate::config::FsSource;
 use crate::config::Protocol;
 use crate::descriptors::Descriptors;
+use crate::devices::Card;
 use crate::devices::Handles;
 use crate::devices::Workshop;
 use crate::engines;
@@ -77,7 +78,7 @@ pub(crate) struct PlacedDevice {
     /// Where it is.
     pub(crate) address: PciAddress,
     /// Of a network card.
-    pub(crate) mac: Option<[u8; 6]>,
+    pub(crate) card: Option<Card>,
 }
 
 /// All that is needed to run.
@@ -90,6 +91,15 @@ pub(crate) struct Assembled {
     pub(crate) doorbells: bool,
     /// What stays in reach of the file system devices.
     pub(crate) reach: Vec<Reach>,
+}
+
+impl Assembled {
+    /// Whether there are instances of vhost-net.
+    pub(crate) fn has_vhost(&self) -> bool {
+        self.devices
+            .iter()
+            .any(|device| device.card.is_some_and(|card| card.vhost))
+    }
 }
 
 /// Who hears of the machine.
@@ -145,6 +155,7 @@ pub(crate) fn assemble(
     let mut workshop = Workshop {
         descriptors: &mut descriptors,
         ram: board.ram(),
+        unheard_writers: engine.caps().unheard_writers,
         vcpus: config.vcpus,
         disk_thread: parts.disk_thread,
         handles: Handles::default(),
@@ -239,7 +250,7 @@ fn place_devices(
 ) -> Result<Vec<PlacedDevice>, VmError> {
     let mut placed = Vec::with_capacity(config.devices.len());
     for (index, device) in config.devices.iter().enumerate() {
-        let made = workshop.make(index, device)?;
+        let (made, card) = workshop.make(index, device)?;
         let failed = |source: Box<dyn std::error::Error + Send + Sync>, fault| VmError::Device {
             index,
             kind: device.kind(),
@@ -265,10 +276,7 @@ fn place_devices(
             name: format!("{}{index}", device.kind()),
             pci: virtio,
             address,
-            mac: match device {
-                DeviceConfig::Net(net) => Some(net.mac),
-                _ => None,
-            },
+            card,
         });
     }
     Ok(placed)

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use ringfence_block::Format;
 use ringfence_block::Image;
+use ringfence_device::tracing;
 use ringfence_engine::ErrorKind;
+use ringfence_memory::GuestMemory;
 use ringfence_memory::GuestRam;
 use ringfence_netstack::Link;
 use ringfence_netstack::NetBackend;
@@ -29,6 +31,8 @@ use ringfence_virtio::rate;
 use ringfence_virtio::rng::Rng;
 use ringfence_virtio::vsock::Handout;
 use ringfence_virtio::vsock::Vsock;
+use serde_json::Value;
+use serde_json::json;
 
 use crate::VmError;
 use crate::config::BlockConfig;
@@ -76,6 +80,8 @@ impl From<VmError> for Failure {
 pub(crate) struct Workshop<'a> {
     pub(crate) descriptors: &'a mut Descriptors,
     pub(crate) ram: &'a GuestRam,
+    /// The host's kernel may write to the RAM unheard.
+    pub(crate) unheard_writers: bool,
     pub(crate) vcpus: u32,
     /// Jails the threads that wait for disks.
     pub(crate) disk_thread: ThreadStart,
@@ -91,28 +97,61 @@ pub(crate) struct Handles {
 
 pub(crate) type Made = Result<Box<dyn VirtioDevice>, Failure>;
 
+/// A network card, seen from outside.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Card {
+    pub(crate) mac: [u8; 6],
+    /// vhost-net moves its frames; else this process does.
+    pub(crate) vhost: bool,
+}
+
+impl Card {
+    /// Its address, as it is written.
+    pub(crate) fn address(self) -> String {
+        self.mac.map(|byte| format!("{byte:02x}")).join(":")
+    }
+
+    /// What its owner is told of the device that it is.
+    pub(crate) fn describe(self, name: &str) -> Value {
+        let frames = if self.vhost {
+            "vhost-net"
+        } else {
+            "vm process"
+        };
+        json!({"name": name, "mac": self.address(), "frames": frames})
+    }
+}
+
 impl Workshop<'_> {
     /// Makes `devices[index]`.
     pub(crate) fn make(
         &mut self,
         index: usize,
         config: &DeviceConfig,
-    ) -> Result<Box<dyn VirtioDevice>, VmError> {
+    ) -> Result<(Box<dyn VirtioDevice>, Option<Card>), VmError> {
+        let mut card = None;
         let made = match config {
             DeviceConfig::Console(console) => self.console(console),
             DeviceConfig::Block(block) => self.block(block),
-            DeviceConfig::Net(net) => make_net(net, self.descriptors),
+            DeviceConfig::Net(net) => {
+                let memory = self.unheard_writers.then(|| self.ram.memory());
+                make_net(net, self.descriptors, memory).map(|(device, made)| {
+                    card = Some(made);
+                    device
+                })
+            }
             DeviceConfig::Vsock(vsock) => make_vsock(vsock, self.descriptors),
             DeviceConfig::Rng => Ok(Box::<Rng>::default() as Box<dyn VirtioDevice>),
             DeviceConfig::Balloon => self.balloon(),
             DeviceConfig::Fs(fs) => make_fs(fs, self.descriptors),
         };
-        made.map_err(|Failure(fault, source)| VmError::Device {
+        let device = made.map_err(|Failure(fault, source)| VmError::Device {
             index,
             kind: config.kind(),
             fault,
             source,
-        })
+        })?;
+        Ok((device, card))
     }
 
     fn file(&mut self, fd: Fd) -> Result<File, Failure> {
@@ -161,18 +200,26 @@ impl Workshop<'_> {
     }
 }
 
-/// Makes a network card.
-pub(crate) fn make_net(config: &NetConfig, descriptors: &mut Descriptors) -> Made {
+/// Makes a network card; `memory` is what the host's kernel may write to unheard.
+pub(crate) fn make_net(
+    config: &NetConfig,
+    descriptors: &mut Descriptors,
+    memory: Option<&GuestMemory>,
+) -> Result<(Box<dyn VirtioDevice>, Card), Failure> {
+    let mut card = Card {
+        mac: config.mac,
+        vhost: false,
+    };
     let backend: Box<dyn NetBackend> = if let Some(fd) = config.link_fd {
         let link = File::from(descriptors.take(fd)?);
         Box::new(Link::new(link).map_err(Failure::config)?)
     } else {
-        let files = config
-            .tap_fds
-            .iter()
-            .map(|&fd| Ok(File::from(descriptors.take(fd)?)))
-            .collect::<Result<Vec<_>, Failure>>()?;
-        Box::new(Tap::new(files).map_err(Failure::config)?)
+        let mut tap =
+            Tap::new(take_files(&config.tap_fds, descriptors)?).map_err(Failure::config)?;
+        // Taken in any case: what isn't used is closed.
+        let vhost = take_files(&config.vhost_fds, descriptors)?;
+        card.vhost = leave_to_kernel(&mut tap, vhost, memory, card);
+        Box::new(tap)
     };
     let net = Net::new(ringfence_virtio::net::NetConfig {
         backend,
@@ -182,7 +229,36 @@ pub(crate) fn make_net(config: &NetConfig, descriptors: &mut Descriptors) -> Mad
         receive_rate: bounds(config.rate),
         send_rate: bounds(config.rate),
     });
-    Ok(Box::new(net.map_err(Failure::host)?))
+    Ok((Box::new(net.map_err(Failure::host)?), card))
+}
+
+fn take_files(fds: &[Fd], descriptors: &mut Descriptors) -> Result<Vec<File>, Failure> {
+    fds.iter()
+        .map(|&fd| Ok(File::from(descriptors.take(fd)?)))
+        .collect()
+}
+
+/// Leaves a card's frames to the host's kernel, if that is possible. It is no more than faster.
+fn leave_to_kernel(
+    tap: &mut Tap,
+    vhost: Vec<File>,
+    memory: Option<&GuestMemory>,
+    card: Card,
+) -> bool {
+    let (false, Some(memory)) = (vhost.is_empty(), memory) else {
+        return false;
+    };
+    let card = card.address();
+    match tap.set_vhost(vhost, memory) {
+        Ok(()) => {
+            tracing::info!(card, "vhost-net moves a network card's frames");
+            true
+        }
+        Err(error) => {
+            tracing::warn!(card, %error, "vhost-net can't move a network card's frames");
+            false
+        }
+    }
 }
 
 fn format(format: ImageFormat) -> Format {

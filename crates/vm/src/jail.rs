@@ -147,6 +147,11 @@ impl Jail {
         Ok(memory)
     }
 
+    /// The machine has instances of vhost-net: its threads may use those.
+    pub(crate) fn allow_vhost(&mut self) {
+        self.needs.vhost = true;
+    }
+
     /// Gives up what is not needed any more once everything is open. Threads that start later
     /// are held by it too.
     pub(crate) fn close(&mut self, reach: &[Reach]) -> Result<(), VmError> {

@@ -145,6 +145,10 @@ fn try_start(
         },
         timing,
     )?;
+    let vhost = assembled.has_vhost();
+    if vhost {
+        jail.allow_vhost();
+    }
     jail.close(&assembled.reach)?;
     drop(assembled.reach);
     timing.phase("jailed");
@@ -161,6 +165,7 @@ fn try_start(
         devices: assembled.devices,
         handles: assembled.handles,
         doorbells: assembled.doorbells,
+        vhost,
         started: Instant::now(),
         memory,
         jail: report(jail.report()),
@@ -170,6 +175,7 @@ fn try_start(
         connection.send(&json!({
             "event": "ready",
             "jail": subject.jail,
+            "cards": subject.cards(),
             "start_phases_us": subject.phases,
         }));
     }

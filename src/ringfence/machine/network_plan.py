@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from ringfence.errors import ConfigError, ConflictError, GuestError, NotFoundErr
 from ringfence.network import AttachOptions, LinkSpec, PublishedPort, Rate, attach
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from ringfence.guest.spec import InterfaceSpec
     from ringfence.machine.driver import AgentLike, Place
@@ -22,6 +23,8 @@ __all__ = ["Attachments", "attach_options", "describe", "tell_names"]
 
 # More of them would give a network card more than the host's threads serve.
 _MOST_QUEUES = 8
+# Set to 0: the VM process moves frames even where the host's kernel could.
+_VHOST = "RINGFENCE_VHOST_NET"
 
 
 def attach_options(spec: MachineSpec, name: str) -> AttachOptions:
@@ -39,6 +42,7 @@ def attach_options(spec: MachineSpec, name: str) -> AttachOptions:
         hostname=spec.hostname,
         rate=Rate(send_bytes_per_s=spec.bandwidth, receive_bytes_per_s=spec.bandwidth),
         queues=min(spec.vcpus, _MOST_QUEUES),
+        vhost=os.environ.get(_VHOST) != "0",
     )
 
 
@@ -156,6 +160,19 @@ class Attachments:
         """
         return sorted((one.interface for one in self), key=lambda one: bool(one.gateways))
 
+    def plugged(self, cards: Iterable[Mapping[str, object]]) -> None:
+        """The VM process has these cards."""
+        for card in cards:
+            for one in self:
+                if one.interface.mac == card["mac"]:
+                    one.plugged(card)
+
+    def count(self, devices: dict[str, dict[str, int]]) -> None:
+        """Puts the host's counters in where the VM process sees no frames."""
+        for one in self:
+            if one.frames == "vhost-net" and one.card in devices:
+                devices[one.card].update(_counted(one.link))
+
     def close(self) -> None:
         """Detaches the machine from all; may be called again."""
         while self._by_name:
@@ -165,6 +182,18 @@ class Attachments:
     def describe(self) -> list[Mapping[str, object]]:
         """What the machine has of each network."""
         return [describe(name, one) for name, one in self._by_name.items()]
+
+
+def _counted(link: str) -> dict[str, int]:
+    """What passed a link, as a card's device counts it."""
+    from ringfence.network.links import statistics  # noqa: PLC0415 - for links of the kernel
+
+    words = {"sent": "tx", "received": "rx"}
+    return {
+        f"{words[way]}_{what}": count
+        for name, count in statistics(link).items()
+        for way, _, what in [name.partition("_")]
+    }
 
 
 def tell_names(agent: AgentLike, attachments: Attachments) -> None:
@@ -180,7 +209,9 @@ def tell_names(agent: AgentLike, attachments: Attachments) -> None:
 def describe(network: str, attachment: Attachment) -> Mapping[str, object]:
     """What a machine has of a network."""
     interface = attachment.interface
+    found = {"frames": attachment.frames} if attachment.frames else {}
     return {
+        **found,
         "network": network,
         "mac": interface.mac,
         "addresses": list(interface.addresses),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ringfence import _binaries
 from ringfence.errors import AgentError, GuestError, GuestTimeout, RingfenceError, StateError
@@ -144,6 +144,7 @@ class VmMachine:
     def stats(self, *, engine_counters: bool = False) -> Mapping[str, object]:
         """What the VM process uses of the host, and its devices' counters."""
         found = dict(self._process.control.call("stats"))
+        self._attachments.count(cast("dict[str, dict[str, int]]", found["devices"]))
         if engine_counters:
             found["engine"] = self._process.control.call("counters")
         return found
@@ -168,7 +169,8 @@ class VmMachine:
         interface = attachment.interface
         try:
             device, fds = attachment.device_config()
-            self._process.control.call("add_card", _numbered(device, fds), fds)
+            card = self._process.control.call("add_card", _numbered(device, fds), fds)
+            attachment.plugged(card)
             self._agent.add_interface(interface)
         except BaseException:
             with suppress(RingfenceError):
@@ -241,8 +243,9 @@ def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -
         handout = _add_vsock(document, place, stack)
         process = VmProcess(document, place)
         stack.callback(process.kill)
-        process.wait_ready()
+        ready = process.wait_ready()
         notes.started(process.pid)
+        attachments.plugged(cast("list[dict[str, object]]", ready["cards"]))
     setup = _setup(spec, place, root, mounts, interfaces)
     agent = _bring_up(process, handout, place, setup, spec.timeouts.boot_s, phases)
     stack.callback(agent.close)
@@ -292,9 +295,10 @@ def _setup(
 def _numbered(device: dict[str, object], fds: list[int]) -> dict[str, object]:
     """A device whose descriptors go beside it, and are named by their place there."""
     found = {key: value for key, value in device.items() if key != "type"}
-    if "tap_fds" in found:
-        found["tap_fds"] = list(range(len(fds)))
-    else:
+    for name in ("tap_fds", "vhost_fds"):
+        if name in found:
+            found[name] = [fds.index(fd) for fd in cast("list[int]", found[name])]
+    if "tap_fds" not in found:
         found["link_fd"] = 0
     return found
 

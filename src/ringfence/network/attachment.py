@@ -39,6 +39,11 @@ class Attachment:
         fds: Descriptors that the device names.
         hosts: Names that the guest is told beside those that the network answers.
         published: Ports of the host, as they were bound.
+
+    Attributes:
+        link: The host's link to a VM's card, if it has one.
+        card: The VM process's name for the card.
+        frames: Who moves the card's frames, once that is known.
     """
 
     def __init__(
@@ -51,6 +56,9 @@ class Attachment:
         published: Sequence[PublishedPort] = (),
     ) -> None:
         self._interface = interface
+        self.link = ""
+        self.frames = ""
+        self.card = ""
         self._device = dict(device)
         self._fds = list(fds)
         self.hosts = dict(hosts)
@@ -79,6 +87,14 @@ class Attachment:
     def device_config(self) -> tuple[dict[str, object], list[int]]:
         """The VM document's ``net`` device, and the descriptors that it names."""
         return dict(self._device), list(self._fds)
+
+    def plugged(self, card: Mapping[str, object]) -> None:
+        """The VM has the card.
+
+        Args:
+            card: The VM process's name for it, and who moves its frames.
+        """
+        self.card, self.frames = str(card["name"]), str(card["frames"])
 
     def enter(self, pid: int) -> None:
         """Sets the interface up in the network namespace of a container's process.

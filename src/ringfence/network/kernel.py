@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from ringfence.network.options import Rate
 from ringfence.network.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import ExitStack
 
     from ringfence.guest.spec import InterfaceSpec
@@ -256,19 +257,47 @@ def plug(
     if kind == "container":
         stack.callback(links.remove, link)
         return _VethAttachment(spec, link, interface, options, published)
-    tuns = links.add_tap(link, bridge_of(spec), spec.mtu, options.queues)
-    for tun in tuns:
-        stack.callback(os.close, tun)
+    device, fds = _card(spec, whole, options)
+    for fd in fds:
+        stack.callback(os.close, fd)
+    found = _TapAttachment(
+        interface=interface, device=device, fds=fds, hosts=options.hosts, published=published
+    )
+    found.link = link
+    found.told = partial(Store().note_frames, spec.name, member.machine_id)
+    return found
+
+
+def _card(
+    spec: NetworkSpec, member: Member, options: AttachOptions
+) -> tuple[dict[str, object], list[int]]:
+    """A VM's card, and its descriptors."""
+    tuns = links.add_tap(member.link, bridge_of(spec), spec.mtu, options.queues)
     device: dict[str, object] = {
         "type": "net", "tap_fds": tuns, "mac": member.mac, "lock_mac": True
     }  # fmt: skip
-    if options.rate.send_bytes_per_s is not None:
-        device["rate"] = {"bytes_per_s": options.rate.send_bytes_per_s}
     if spec.mtu != 1500:
         device["mtu"] = spec.mtu
-    return Attachment(
-        interface=interface, device=device, fds=tuns, hosts=options.hosts, published=published
-    )
+    if options.rate.send_bytes_per_s is not None:
+        # The VM process holds back what is too much; rules of the kernel would drop it.
+        device["rate"] = {"bytes_per_s": options.rate.send_bytes_per_s}
+        return device, tuns
+    # The host's rules hold the machine to its addresses, whoever moves its frames.
+    vhost = links.open_vhost(len(tuns)) if options.vhost else []
+    if vhost:
+        device["vhost_fds"] = vhost
+    return device, tuns + vhost
+
+
+class _TapAttachment(Attachment):
+    """A VM's end: a TAP device."""
+
+    told: Callable[[str], None]
+
+    def plugged(self, card: Mapping[str, object]) -> None:
+        """The VM has the card: who moves its frames is written down."""
+        super().plugged(card)
+        self.told(self.frames)
 
 
 class _VethAttachment(Attachment):

@@ -148,6 +148,7 @@ class AttachOptions:
         rate: How fast it may be.
         device: A container's name for the interface.
         queues: Pairs of queues that a VM's card may have.
+        vhost: The host's kernel may move a VM's frames by itself, where it has vhost-net.
         leads_outside: The interface's gateways are the machine's; one interface's should be.
 
     Raises:
@@ -165,6 +166,7 @@ class AttachOptions:
     rate: Rate = field(default_factory=Rate)
     device: str = "eth0"
     queues: int = 1
+    vhost: bool = False
     leads_outside: bool = True
 
     def __post_init__(self) -> None:

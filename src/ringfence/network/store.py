@@ -93,6 +93,8 @@ class Member:
         send_bytes_per_s: How fast the host's kernel lets it send; as fast as it goes when None.
         receive_bytes_per_s: Likewise.
         dns: Name servers that it wants asked, instead of the host's.
+        frames: Who moves a VM's frames between its card and the host's link: ``vhost-net`` or
+            ``vm process``.
     """
 
     machine_id: str
@@ -108,6 +110,7 @@ class Member:
     send_bytes_per_s: int | None = None
     receive_bytes_per_s: int | None = None
     dns: tuple[str, ...] = ()
+    frames: str = ""
 
     @property
     def policy(self) -> Policy:
@@ -229,6 +232,13 @@ class Store:
         with path.open("r+b") as file:
             file.truncate(0)
             file.write(json.dumps(asdict(member)).encode())
+
+    def note_frames(self, network: str, machine_id: str, frames: str) -> None:
+        """Writes down who moves a machine's frames."""
+        with self.locked():
+            for member, _ in self.members(network):
+                if member.machine_id == machine_id:
+                    self.rewrite(network, dataclasses.replace(member, frames=frames))
 
     def leave(self, network: str, machine_id: str) -> None:
         """Forgets a machine."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.framework.rust_tests import built_tests
 
 if TYPE_CHECKING:
     from tests.framework.nested_host import NestedHost
@@ -17,26 +17,6 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 pytestmark = pytest.mark.kvm
-
-
-def conformance_binary() -> Path:
-    """Builds the kvm engine's suite and returns the program."""
-    built = subprocess.run(
-        [
-            *("cargo", "test", "--locked", "--no-run", "--message-format=json"),
-            *("-p", "ringfence-engine-kvm", "--features", "kvm-tests", "--test", "conformance"),
-        ],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    programs = [
-        Path(message["executable"])
-        for message in map(json.loads, built.stdout.splitlines())
-        if message.get("executable") and message["target"]["name"] == "conformance"
-    ]
-    assert len(programs) == 1, programs
-    return programs[0]
 
 
 def in_repository(*argv: str | Path) -> list[str | Path]:
@@ -52,7 +32,9 @@ def test_the_nested_host_has_a_usable_kvm(nested_host: NestedHost) -> None:
 
 
 def test_the_engine_conforms(nested_host: NestedHost) -> None:
-    done = nested_host.run([conformance_binary(), "--test-threads=2"], timeout_s=900)
+    features = ("--features", "kvm-tests", "--test", "conformance")
+    suite = built_tests("ringfence-engine-kvm", "conformance", *features)
+    done = nested_host.run([suite, "--test-threads=2"], timeout_s=900)
     output = done.stdout.decode()
     assert done.status == 0, output
     assert "test result: ok." in output

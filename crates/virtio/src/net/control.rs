@@ -24,6 +24,8 @@ const GUEST_OFFLOADS_SET: u8 = 0;
 impl Net {
     pub(super) fn serve_control(&mut self, active: &mut Active, queue: u16) {
         active.serve(queue, |session, chain| self.command(session, chain));
+        // A command may have changed how many pairs are used, and a broken queue breaks them all.
+        self.lend_used(active);
     }
 
     fn command(&mut self, session: &Session, chain: &Chain) -> Outcome {
@@ -60,7 +62,9 @@ impl Net {
                 if !possible.contains(&pairs) {
                     return None;
                 }
-                self.backend.set_active_queues(pairs).ok()
+                self.backend.set_active_queues(pairs).ok()?;
+                self.used_pairs = pairs;
+                Some(())
             }
             (GUEST_OFFLOADS, GUEST_OFFLOADS_SET) => {
                 let offloads: u64 = request.read_value().ok()?;

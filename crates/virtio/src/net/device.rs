@@ -11,6 +11,8 @@ use serde::Serialize;
 
 use super::Mac;
 use super::feature;
+use super::lend;
+use super::lend::Server;
 use super::receive::Receiver;
 use crate::Active;
 use crate::DeviceKind;
@@ -76,6 +78,7 @@ pub(super) struct Pair {
     pub(super) watch: Watch,
     /// The back end's descriptor failed: the link is gone, and isn't looked at any more.
     pub(super) gone: bool,
+    pub(super) server: Server,
 }
 
 /// What the back end's descriptor is watched for.
@@ -97,6 +100,8 @@ pub struct Net {
     pub(super) send_limiter: Option<RateLimiter>,
     pub(super) pairs: Vec<Pair>,
     pub(super) counters: Counters,
+    /// Pairs that the guest uses.
+    pub(super) used_pairs: u16,
     /// The control queue's number, once negotiated.
     control_queue: Option<u16>,
 }
@@ -133,6 +138,7 @@ impl Net {
             send_limiter: RateLimiter::new(config.send_rate)?,
             pairs: (0..pairs).map(|_| Pair::default()).collect(),
             counters: Counters::default(),
+            used_pairs: 1,
             control_queue: None,
         })
     }
@@ -200,11 +206,25 @@ impl Net {
         }
     }
 
+    /// Looks at the link of pair `index` no longer.
+    pub(super) fn forget_link(&mut self, session: &Session, index: u16) {
+        session.events.remove(&self.backend.descriptor(index));
+        if let Some(pair) = self.pairs.get_mut(usize::from(index)) {
+            pair.watch = Watch::default();
+        }
+    }
+
+    /// Whether the device itself serves the pair.
+    fn serves(&self, index: u16) -> bool {
+        let pair = self.pairs.get(usize::from(index));
+        pair.is_some_and(|pair| matches!(pair.server, Server::Own))
+    }
+
     fn queue_of(index: u16) -> (u16, bool) {
         (index / 2, index.is_multiple_of(2))
     }
 
-    fn all_pairs(&self) -> std::ops::Range<u16> {
+    pub(super) fn all_pairs(&self) -> std::ops::Range<u16> {
         0..self.pair_count()
     }
 }
@@ -281,6 +301,13 @@ impl VirtioDevice for Net {
                 added.map_err(host)?;
             }
         }
+        self.used_pairs = 1;
+        if self.lends() {
+            for pair in &mut self.pairs {
+                pair.server = Server::Idle;
+            }
+            self.lend_used(active);
+        }
         Ok(())
     }
 
@@ -290,6 +317,7 @@ impl VirtioDevice for Net {
             return;
         }
         match Self::queue_of(index) {
+            (pair, _) if !self.serves(pair) => {}
             (pair, true) => self.receive(active, pair),
             (pair, false) => self.send(active, pair),
         }
@@ -313,17 +341,21 @@ impl VirtioDevice for Net {
                     self.send_waiting(active, pair);
                 }
             }
+            lend::CALLS..lend::END => self.lent_event(active, token),
             _ => {
                 let Ok(pair) = u16::try_from(token) else {
                     return;
                 };
-                self.send_waiting(active, pair);
-                self.receive(active, pair);
+                if !self.unpark(active, pair) && self.serves(pair) {
+                    self.send_waiting(active, pair);
+                    self.receive(active, pair);
+                }
             }
         }
     }
 
     fn stop(&mut self, active: &mut Active) {
+        self.take_all_back(active);
         for index in self.all_pairs() {
             active
                 .session
@@ -339,6 +371,7 @@ impl VirtioDevice for Net {
 
     fn quiesce(&mut self, active: &mut Active) {
         for index in self.all_pairs() {
+            self.park(active, index);
             let held = self.pairs[usize::from(index)].receiver.take_back();
             if let Some(queue) = active.queue(2 * index) {
                 for _ in 0..held {
@@ -359,6 +392,7 @@ impl VirtioDevice for Net {
             ("tx_dropped", counters.tx_dropped.get()),
             ("tx_errors", counters.tx_errors.get()),
             ("throttled", counters.throttled.get()),
+            ("vhost_pairs", self.lent_pairs()),
         ]
     }
 

@@ -6,6 +6,7 @@
 
 mod control;
 mod device;
+mod lend;
 mod receive;
 mod send;
 

@@ -218,7 +218,10 @@ impl Common {
         match offset {
             0x10 => self.interrupt.set_config_vector(value),
             0x16 => self.queue_select = value,
-            0x1a => self.interrupt.set_queue_vector(select, value),
+            0x1a => {
+                self.interrupt.set_queue_vector(select, value);
+                self.interrupt.rewire();
+            }
             0x18 | 0x1c => self.write_queue(|queue| match offset {
                 0x18 if value <= queue.max_size && value.is_power_of_two() => queue.size = value,
                 // §4.1.4.3.2: the driver doesn't write zero; only a reset disables a queue.

@@ -203,7 +203,12 @@ impl VirtioPci {
         let (function, window) =
             build_function(&*device, &connections, sizes.len()).map_err(TransportError::Pci)?;
         let function = Arc::new(function);
-        let interrupt = Arc::new(PciInterrupt::new(Arc::clone(&function), sizes.len()));
+        let interrupt = PciInterrupt::new(
+            Arc::clone(&function),
+            sizes.len(),
+            connections.vm.as_ref().map(Arc::clone),
+        );
+        let interrupt = Arc::new(interrupt);
         let features = device.features() | TRANSPORT_FEATURES;
         let common = Common::new(features, &sizes, Arc::clone(&interrupt));
         Ok(Arc::new(Self {
@@ -408,6 +413,7 @@ impl PciDevice for VirtioPci {
 
     fn write_config(&self, offset: u16, data: &[u8]) {
         self.function.write_config(offset, data);
+        self.interrupt.rewire();
         if offset == self.window
             && let Some((at, len)) = self.window_target()
             && let Some(value) = data.get(..len)
@@ -443,6 +449,7 @@ impl PciDevice for VirtioPci {
             (MSIX_TABLE.., _) if offset < MSIX_PBA => {
                 if let Some(msix) = self.function.msix() {
                     msix.write_table(offset - MSIX_TABLE, data);
+                    self.interrupt.rewire();
                 }
             }
             _ => {}

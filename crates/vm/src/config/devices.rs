@@ -61,6 +61,12 @@ impl DeviceConfig {
                 .iter()
                 .enumerate()
                 .map(|(i, &fd)| (format!("tap_fds[{i}]"), fd))
+                .chain(
+                    net.vhost_fds
+                        .iter()
+                        .enumerate()
+                        .map(|(i, &fd)| (format!("vhost_fds[{i}]"), fd)),
+                )
                 .chain(named("link_fd", net.link_fd))
                 .collect(),
             Self::Vsock(vsock) => [
@@ -159,6 +165,10 @@ pub struct NetConfig {
     /// TAP devices, one a queue pair.
     #[serde(default)]
     pub tap_fds: Vec<Fd>,
+    /// Instances of vhost-net, one a queue pair: where the engine allows it, the host's kernel
+    /// moves the frames. Whoever gives them answers for their source addresses.
+    #[serde(default)]
+    pub vhost_fds: Vec<Fd>,
     /// Instead: a socket, whose messages are frames.
     #[serde(default)]
     pub link_fd: Option<Fd>,

@@ -212,6 +212,16 @@ pub(crate) fn check_net(path: &str, net: &NetConfig) -> Result<(), ConfigError> 
         "needs either TAP devices or a link_fd",
     )?;
     require(
+        format!("{path}.vhost_fds"),
+        net.vhost_fds.is_empty() || net.vhost_fds.len() == net.tap_fds.len(),
+        "has another number of descriptors than tap_fds",
+    )?;
+    require(
+        format!("{path}.vhost_fds"),
+        net.vhost_fds.is_empty() || net.rate.is_none(),
+        "is of no use with a rate, which only this process holds",
+    )?;
+    require(
         format!("{path}.mtu"),
         net.mtu.is_none_or(|mtu| mtu >= MIN_MTU),
         format!("is less than {MIN_MTU}, which IPv6 needs"),

@@ -23,7 +23,7 @@ fn full() -> Value {
             {"type": "console", "in_fd": 8, "out_fd": 9},
             {"type": "block", "fd": 10, "format": "qcow2", "backing": [{"fd": 11, "format": "raw"}],
              "read_only": true, "serial": "root", "rate": {"bytes_per_s": 1_000_000}},
-            {"type": "net", "tap_fds": [12], "mac": "02:00:00:00:00:01"},
+            {"type": "net", "tap_fds": [12], "vhost_fds": [18], "mac": "02:00:00:00:00:01"},
             {"type": "vsock", "cid": 3, "listen_fd": 13, "handout_fd": 14},
             {"type": "rng"}, {"type": "balloon"},
             {"type": "fs", "tag": "root", "entries": [
@@ -74,7 +74,7 @@ fn a_full_document_is_understood() {
     );
     let mut fds: Vec<i32> = config.fds().iter().map(|(_, fd)| fd.0).collect();
     fds.sort_unstable();
-    assert_eq!(fds, (3..=17).filter(|&fd| fd != 4).collect::<Vec<_>>());
+    assert_eq!(fds, (3..=18).filter(|&fd| fd != 4).collect::<Vec<_>>());
     let DeviceConfig::Fs(fs) = &config.devices[6] else {
         panic!("fs");
     };
@@ -136,6 +136,12 @@ fn wrong_fields_are_named_by_their_path() {
         ),
         ("/devices/2/tap_fds", json!([]), "devices[2].tap_fds"),
         ("/devices/2/link_fd", json!(20), "devices[2].tap_fds"),
+        (
+            "/devices/2/vhost_fds",
+            json!([20, 21]),
+            "devices[2].vhost_fds",
+        ),
+        ("/devices/2/rate", json!({}), "devices[2].vhost_fds"),
         ("/devices/2/mtu", json!(1279), "devices[2].mtu"),
         ("/devices/3/cid", json!(2), "devices[3].cid"),
         ("/devices/4/seed", json!(1), "devices[4].seed"),

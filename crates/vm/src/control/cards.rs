@@ -12,7 +12,6 @@ use ringfence_pci::PciDevice;
 use ringfence_virtio::pci::Connections;
 use ringfence_virtio::pci::VirtioPci;
 use serde::Deserialize;
-use serde_json::json;
 
 use super::Subject;
 use super::methods::Answer;
@@ -26,27 +25,27 @@ use crate::devices::make_net;
 /// Which card.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Card {
+pub(super) struct Named {
     mac: String,
-}
-
-fn text(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 impl Subject {
     /// Puts a network card in. Its descriptors are named by their place beside the request.
     pub(super) fn add_card(&mut self, net: &NetConfig, fds: Vec<OwnedFd>) -> Answer {
         config::check_net("params", net).map_err(|error| Refusal::config(error.to_string()))?;
-        if self.devices.iter().any(|one| one.mac == Some(net.mac)) {
-            let message = format!("mac: the machine has a card {} already", text(net.mac));
+        let mut cards = self.devices.iter().filter_map(|one| one.card);
+        if let Some(card) = cards.find(|card| card.mac == net.mac) {
+            let message = format!("mac: the machine has a card {} already", card.address());
             return Err(Refusal::config(message));
         }
-        let device = make_net(net, &mut Descriptors::of_message(fds)).map_err(|failure| {
-            let (kind, message) = failure.into_parts();
-            Refusal { kind, message }
-        })?;
         let board = self.machine.board();
+        // Filters can't be widened any more.
+        let memory = self.vhost.then(|| board.ram().memory());
+        let (device, card) =
+            make_net(net, &mut Descriptors::of_message(fds), memory).map_err(|failure| {
+                let (kind, message) = failure.into_parts();
+                Refusal { kind, message }
+            })?;
         let pci = board.pci();
         let address = pci.free_address().map_err(MachineError::from)?;
         let connections = Connections {
@@ -56,28 +55,30 @@ impl Subject {
             vm: self.doorbells.then(|| Arc::clone(board.vm())),
             intx: Some(board.intx().pin(address)),
         };
-        let card = VirtioPci::new(device, connections).map_err(|error| Refusal {
+        let device = VirtioPci::new(device, connections).map_err(|error| Refusal {
             kind: error.kind(),
             message: error.to_string(),
         })?;
-        pci.insert(address, &card.as_pci())
+        pci.insert(address, &device.as_pci())
             .map_err(MachineError::from)?;
-        let name = format!("net{}", text(net.mac));
+        let name = format!("net{}", card.address());
         self.devices.push(PlacedDevice {
             name: name.clone(),
-            pci: card,
+            pci: device,
             address,
-            mac: Some(net.mac),
+            card: Some(card),
         });
-        Ok(json!({ "name": name, "address": address.to_string() }))
+        let mut answer = card.describe(&name);
+        answer["address"] = address.to_string().into();
+        Ok(answer)
     }
 
     /// Takes a network card out.
-    pub(super) fn remove_card(&mut self, card: &Card) -> Result<(), Refusal> {
+    pub(super) fn remove_card(&mut self, card: &Named) -> Result<(), Refusal> {
         let place = self
             .devices
             .iter()
-            .position(|one| one.mac.map(text).as_deref() == Some(card.mac.as_str()));
+            .position(|one| one.card.is_some_and(|one| one.address() == card.mac));
         let Some(place) = place else {
             return Err(Refusal {
                 kind: ErrorKind::State,

@@ -29,6 +29,8 @@ pub(crate) struct Subject {
     pub(crate) handles: Handles,
     /// The engine's own doorbells are used.
     pub(crate) doorbells: bool,
+    /// The threads' filters let them use vhost-net.
+    pub(crate) vhost: bool,
     pub(crate) started: Instant,
     /// /proc/self/status, opened while there were paths.
     pub(crate) memory: Option<File>,
@@ -246,11 +248,20 @@ impl Subject {
             "vcpus": self.vcpus,
             "memory_bytes": board.ram().size_bytes(),
             "devices": self.devices.iter().map(|device| &device.name).collect::<Vec<_>>(),
+            "cards": self.cards(),
             "pci": pci,
             "jail": self.jail,
             "start_phases_us": self.phases,
             "registers": vcpus,
         }))
+    }
+
+    /// The network cards, and who moves their frames.
+    pub(crate) fn cards(&self) -> Vec<Value> {
+        self.devices
+            .iter()
+            .filter_map(|device| Some(device.card?.describe(&device.name)))
+            .collect()
     }
 
     fn registers(&self, index: u32) -> Answer {

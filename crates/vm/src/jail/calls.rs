@@ -20,6 +20,8 @@ pub(crate) struct Needs {
     pub(crate) disks: bool,
     /// There are shared directories.
     pub(crate) shares: bool,
+    /// There are instances of vhost-net.
+    pub(crate) vhost: bool,
 }
 
 impl Needs {
@@ -29,6 +31,8 @@ impl Needs {
             makes_code: config.engine == "bt",
             disks: has(|device| matches!(device, DeviceConfig::Block(_))),
             shares: has(|device| matches!(device, DeviceConfig::Fs(_))),
+            // Known when the devices are made: the engine may not allow it.
+            vhost: false,
         }
     }
 }
@@ -61,6 +65,14 @@ impl Rules {
             Some(rules) if rules.is_empty() => {}
             Some(rules) => rules.extend(rule),
             None => drop(rule.map(|rule| self.0.insert(call, vec![rule]))),
+        }
+        self
+    }
+
+    /// Allows ioctls with these requests.
+    fn allow_requests(&mut self, requests: &[u64]) -> &mut Self {
+        for &request in requests {
+            self.allow_masked(libc::SYS_ioctl, 1, WHOLE, request);
         }
         self
     }
@@ -193,6 +205,21 @@ const TUNSETQUEUE: u64 = 0x4004_54d9;
 /// What it asks and sets when it is made.
 const TUNGETIFF: u64 = 0x8004_54d2;
 const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
+/// What a guest's start and reset of a network card make of vhost-net's instance: features, each
+/// ring's size, place, position and events, and the TAP device.
+const VHOST: &[u64] = &[
+    0x4008_af00,
+    0x4008_af10,
+    0x4028_af11,
+    0x4008_af12,
+    0xc008_af12,
+    0x4008_af20,
+    0x4008_af21,
+    0x4008_af22,
+    0x4008_af30,
+];
+/// What is asked and told of it when the card is made: features, owner, memory.
+const VHOST_MAKE: &[u64] = &[0x8008_af00, 0xaf01, 0x4008_af03];
 const SO_SNDBUF: u64 = 7;
 const WHOLE: u64 = u32::MAX as u64;
 
@@ -261,8 +288,10 @@ pub(super) fn of_thread(kind: ThreadKind, needs: Needs) -> Rules {
                 rules.allow(SHARES);
             }
             // A network card may be put in later.
-            rules.allow_masked(libc::SYS_ioctl, 1, WHOLE, TUNSETOFFLOAD);
-            rules.allow_masked(libc::SYS_ioctl, 1, WHOLE, TUNSETQUEUE);
+            rules.allow_requests(&[TUNSETOFFLOAD, TUNSETQUEUE]);
+            if needs.vhost {
+                rules.allow_requests(VHOST);
+            }
         }
     }
     rules
@@ -290,8 +319,10 @@ pub(super) fn of_control(needs: Needs) -> Rules {
         libc::SYS_shutdown,
     ]);
     // The other end of a network card that is put in is a TAP device or a socket.
-    for request in [TUNGETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE] {
-        rules.allow_masked(libc::SYS_ioctl, 1, WHOLE, request);
+    rules.allow_requests(&[TUNGETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE]);
+    if needs.vhost {
+        // One that is taken out is reset.
+        rules.allow_requests(VHOST_MAKE).allow_requests(VHOST);
     }
     rules.allow_masked(libc::SYS_setsockopt, 2, WHOLE, SO_SNDBUF);
     rules
