@@ -245,7 +245,7 @@ def _launch(spec: MachineSpec, place: Place, phases: Phases, stack: ExitStack) -
         stack.callback(process.kill)
         ready = process.wait_ready()
         notes.started(process.pid)
-        attachments.plugged(cast("list[dict[str, object]]", ready["cards"]))
+        attachments.plugged(cast("list[dict[str, object]]", ready.get("cards", [])))
     setup = _setup(spec, place, root, mounts, interfaces)
     agent = _bring_up(process, handout, place, setup, spec.timeouts.boot_s, phases)
     stack.callback(agent.close)
