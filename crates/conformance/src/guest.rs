@@ -362,6 +362,21 @@ impl Guest {
         self.values()
     }
 
+    /// As [`Self::run`]; one #UD may happen.
+    pub fn run_or_undefined(&mut self, code: impl FnOnce(&mut Asm) -> Assembled) -> Vec<u64> {
+        self.load(|a| {
+            code(a)?;
+            a.ring0();
+            a.done()
+        });
+        self.finish();
+        let faults = self.faults();
+        if !faults.is_empty() {
+            fault::expect(&faults, &[fault::fault(fault::UD)]);
+        }
+        self.values()
+    }
+
     /// Expects the reports of `other`'s code, for a guest that continues it.
     pub fn load_values_of(&mut self, other: &Guest) {
         self.values = other.values;

@@ -55,9 +55,11 @@ const LEAF7_1_EDX_AVX: u32 = bits(&[4, 5, 10]);
 const LEAFD_1_EAX: u32 = bits(&[0, 1, 2]);
 /// Leaf 0x8000_0001 ECX: LAHF ABM SSE4A MISALIGNSSE 3DNOWPREFETCH.
 const EXT1_ECX: u32 = bits(&[0, 5, 6, 7, 8]);
-/// Leaf 0x8000_0001 EDX: SYSCALL NX MMXEXT FXSR_OPT RDTSCP LM, and AMD's copies of leaf 1.
+/// Leaf 0x8000_0001 EDX: SYSCALL NX MMXEXT FXSR_OPT LM, and AMD's copies of leaf 1. Not RDTSCP, which
+/// works for whoever tries it: Linux would read the clock by it, and it tells of the host's
+/// processor, so that code that runs directly has to trap at it.
 const EXT1_EDX: u32 = bits(&[
-    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 20, 22, 23, 24, 25, 27, 29,
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 20, 22, 23, 24, 25, 29,
 ]);
 /// 1 GiB pages: emulated.
 const EXT1_EDX_OWN: u32 = bits(&[26]);

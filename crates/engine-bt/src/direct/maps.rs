@@ -17,12 +17,22 @@ use crate::walk::Access;
 const PAGE: u64 = 4096;
 /// Mappings that a space may have. The kernel allows a process 65,530 by default.
 const MOST_PAGES: usize = 48 << 10;
-/// Shared, at a fixed place, with its pages entered at once.
-const FLAGS: u64 = 0x8011;
+/// Shared, at a fixed place.
+const FLAGS: u64 = 0x11;
+const POPULATE: u64 = 0x8000;
 
 pub(crate) const READ: u8 = 1;
 pub(crate) const WRITE: u8 = 2;
 pub(crate) const EXECUTE: u8 = 4;
+
+/// When a page is entered in the host's page table. That costs as much as mapping it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Enter {
+    /// It is about to be used.
+    Now,
+    /// It may be used.
+    OnUse,
+}
 
 /// Where a page's bytes are, by the mapper's descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +88,18 @@ impl Maps {
     }
 
     /// Shows guest page `page`, whose RAM is at `host` here.
-    pub(crate) fn show(&mut self, page: u64, host: u64, bytes: Bytes, protection: u8) {
+    pub(crate) fn show(
+        &mut self,
+        page: u64,
+        host: u64,
+        bytes: Bytes,
+        protection: u8,
+        enter: Enter,
+    ) {
+        let flags = match enter {
+            Enter::Now => FLAGS | POPULATE,
+            Enter::OnUse => FLAGS,
+        };
         let (file, offset) = match bytes {
             Bytes::Ram(offset) => (MEMORY_FD, offset),
             Bytes::Patched(offset) => (PATCHES_FD, offset),
@@ -99,11 +120,11 @@ impl Maps {
         }
         let address = page * PAGE;
         if let Some(last) = self.pending.last_mut() {
-            let [number, start, len, before, _, of, end] = *last;
+            let [number, start, len, before, how, of, end] = *last;
             let follows = number == libc::SYS_mmap.cast_unsigned()
                 && start + len == address
                 && (of, end + len) == (file, offset)
-                && before == u64::from(protection);
+                && (before, how) == (u64::from(protection), flags);
             if follows {
                 last[2] += PAGE;
                 return;
@@ -114,7 +135,7 @@ impl Maps {
             address,
             PAGE,
             protection.into(),
-            FLAGS,
+            flags,
             file,
             offset,
         ]);
@@ -203,10 +224,22 @@ mod tests {
     #[test]
     fn neighbours_are_mapped_by_one_call() {
         let mut maps = Maps::default();
-        maps.show(0x400, 0x7000_0000, Bytes::Ram(0x1000), READ);
-        maps.show(0x401, 0x7000_1000, Bytes::Ram(0x2000), READ);
-        maps.show(0x402, 0x7000_2000, Bytes::Ram(0x3000), READ | WRITE);
-        maps.show(0x403, 0x7000_9000, Bytes::Ram(0xa000), READ | WRITE);
+        maps.show(0x400, 0x7000_0000, Bytes::Ram(0x1000), READ, Enter::Now);
+        maps.show(0x401, 0x7000_1000, Bytes::Ram(0x2000), READ, Enter::Now);
+        maps.show(
+            0x402,
+            0x7000_2000,
+            Bytes::Ram(0x3000),
+            READ | WRITE,
+            Enter::Now,
+        );
+        maps.show(
+            0x403,
+            0x7000_9000,
+            Bytes::Ram(0xa000),
+            READ | WRITE,
+            Enter::Now,
+        );
         let lengths: Vec<_> = maps
             .take_pending()
             .iter()
@@ -218,7 +251,7 @@ mod tests {
     #[test]
     fn a_hidden_page_is_unmapped_once() {
         let mut maps = Maps::default();
-        maps.show(0x400, 0x7000_0000, Bytes::Ram(0), READ);
+        maps.show(0x400, 0x7000_0000, Bytes::Ram(0), READ, Enter::Now);
         maps.take_pending();
         maps.hide(0x400);
         maps.hide(0x400);
@@ -229,10 +262,16 @@ mod tests {
     #[test]
     fn revoking_finds_every_page_that_shows_the_ram() {
         let mut maps = Maps::default();
-        maps.show(1, 0x7000_0000, Bytes::Ram(0), READ | WRITE);
-        maps.show(9, 0x7000_0000, Bytes::Ram(0), READ | WRITE);
-        maps.show(5, 0x7000_0000, Bytes::Ram(0), READ);
-        maps.show(6, 0x7000_0000, Bytes::Patched(0), READ | EXECUTE);
+        maps.show(1, 0x7000_0000, Bytes::Ram(0), READ | WRITE, Enter::Now);
+        maps.show(9, 0x7000_0000, Bytes::Ram(0), READ | WRITE, Enter::Now);
+        maps.show(5, 0x7000_0000, Bytes::Ram(0), READ, Enter::Now);
+        maps.show(
+            6,
+            0x7000_0000,
+            Bytes::Patched(0),
+            READ | EXECUTE,
+            Enter::Now,
+        );
         assert!(maps.revoke(0x7000_0000));
         assert!(!maps.has(1) && !maps.has(9) && !maps.has(6) && maps.has(5));
         assert!(!maps.revoke(0x7000_0000));
@@ -241,7 +280,7 @@ mod tests {
     #[test]
     fn clearing_forgets_what_was_to_be_mapped() {
         let mut maps = Maps::default();
-        maps.show(1, 0x7000_0000, Bytes::Ram(0), READ);
+        maps.show(1, 0x7000_0000, Bytes::Ram(0), READ, Enter::Now);
         maps.clear();
         let pending = maps.take_pending();
         assert!(

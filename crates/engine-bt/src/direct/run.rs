@@ -19,6 +19,7 @@ use ringfence_x86::state::SS;
 
 use super::maps::Bytes;
 use super::maps::EXECUTE;
+use super::maps::Enter;
 use super::maps::READ;
 use super::maps::WRITE;
 use super::scan;
@@ -43,7 +44,7 @@ use crate::window::page_index;
 
 const PAGE: u64 = 4096;
 /// Pages around a missing one that are shown with it.
-const AROUND: u64 = 32;
+const AROUND: u64 = 16;
 /// Pages of code that may be held between two interrupts: code that goes to and fro between such a
 /// page and others is rather translated.
 const MOST_HOLDS: u32 = 8;
@@ -151,7 +152,7 @@ impl Core {
         if let Some(missing) = self.direct.missing.take()
             && missing.cr3 == self.sys.cr3
         {
-            self.show_if_used(page_index(missing.address), missing.access);
+            self.show_if_used(page_index(missing.address), missing.access, Enter::Now);
         }
         match self.visit() {
             Ok(Some(ended)) => {
@@ -362,7 +363,7 @@ impl Core {
         if direct.maps.is_full() {
             direct.maps.clear();
         }
-        if !self.show_page(page, &found, access) {
+        if !self.show_page(page, &found, access, Enter::Now) {
             return Ok(false);
         }
         let quiet = if access == Access::Fetch {
@@ -373,14 +374,14 @@ impl Core {
         let first = page & !(AROUND - 1);
         for near in (first..first + AROUND).filter(|&near| near != page) {
             if !self.windows.direct().maps.has(near) {
-                self.show_if_used(near, quiet);
+                self.show_if_used(near, quiet, Enter::OnUse);
             }
         }
         Ok(true)
     }
 
     /// Shows a page that the guest's tables say has been accessed; they aren't touched.
-    fn show_if_used(&mut self, page: u64, access: Access) {
+    fn show_if_used(&mut self, page: u64, access: Access, enter: Enter) {
         let translated =
             self.paging()
                 .translate(&self.shared.ram, page * PAGE, access, true, false);
@@ -388,11 +389,11 @@ impl Core {
             && found.accessed
             && (access != Access::Write || found.dirty)
         {
-            self.show_page(page, &found, access);
+            self.show_page(page, &found, access, enter);
         }
     }
 
-    fn show_page(&mut self, page: u64, found: &Translation, access: Access) -> bool {
+    fn show_page(&mut self, page: u64, found: &Translation, access: Access, enter: Enter) -> bool {
         let gpa = found.gpa & !(PAGE - 1);
         let shared = std::sync::Arc::clone(&self.shared);
         let (Some(host), Some(offset)) = (shared.ram.host(gpa, PAGE), shared.ram.file_offset(gpa))
@@ -422,7 +423,7 @@ impl Core {
         self.windows
             .direct_mut()
             .maps
-            .show(page, host, bytes, protection);
+            .show(page, host, bytes, protection, enter);
         true
     }
 

@@ -13,6 +13,7 @@ use std::ops::Range;
 use iced_x86::Decoder;
 use iced_x86::Instruction;
 use iced_x86::Mnemonic;
+use memchr::memchr;
 
 use crate::step::decoder_options;
 
@@ -48,7 +49,7 @@ impl Found {
 pub(crate) fn search(code: &[u8], page: Range<usize>) -> Found {
     let mut all = Found::default();
     let mut at = page.start;
-    while let Some(found) = code[at..page.end].iter().position(|&byte| byte == ESCAPE) {
+    while let Some(found) = memchr(ESCAPE, &code[at..page.end]) {
         at += found;
         if is_suspicious(code, at) {
             match (is_sensitive(code, at), at + 2 < page.end) {
@@ -84,30 +85,49 @@ fn is_suspicious(code: &[u8], at: usize) -> bool {
 /// Whether the instruction whose opcode begins at `at` is one of these, if code reads alike from
 /// wherever it is begun.
 fn is_sensitive(code: &[u8], at: usize) -> Option<bool> {
-    let reads = |shift: usize| {
+    let begin = |shift: usize| {
         let begin = at.saturating_sub(RUN_UP + shift);
         // At the start of what is known there is no run-up: every place there is a beginning.
-        let begin = if begin == 0 { shift.min(at) } else { begin };
-        covering(code, begin, at).is_some_and(|instruction| {
-            is_listed(&instruction) && has_escape(code, &instruction, at)
-        })
+        if begin == 0 { shift.min(at) } else { begin }
     };
-    let first = reads(0);
+    // Where the first reading has instructions, counted back from `at`: another that meets it goes
+    // the same way from there.
+    let mut starts = [false; LEAD + 1];
+    let first = read(code, begin(0), at, |start| {
+        starts[at - start] = true;
+        false
+    });
     (1..BEGINNINGS)
-        .all(|shift| reads(shift) == first)
-        .then_some(first)
+        .all(|shift| {
+            read(code, begin(shift), at, |start| starts[at - start])
+                .is_none_or(|other| Some(other) == first)
+        })
+        .then_some(first?)
 }
 
-fn covering(code: &[u8], begin: usize, at: usize) -> Option<Instruction> {
+/// Whether the instruction at `at` is one of these when code is read from `begin`; nothing where
+/// `meets` another reading.
+fn read(
+    code: &[u8],
+    begin: usize,
+    at: usize,
+    mut meets: impl FnMut(usize) -> bool,
+) -> Option<bool> {
     let mut decoder = Decoder::with_ip(64, &code[begin..], begin as u64, decoder_options(false));
     let mut instruction = Instruction::default();
+    let mut start = begin;
     while decoder.can_decode() {
-        decoder.decode_out(&mut instruction);
-        if instruction.next_ip() > at as u64 {
-            return Some(instruction);
+        if meets(start) {
+            return None;
         }
+        decoder.decode_out(&mut instruction);
+        let next = start + instruction.len();
+        if next > at {
+            return Some(is_listed(&instruction) && has_escape(code, &instruction, at));
+        }
+        start = next;
     }
-    None
+    Some(false)
 }
 
 /// Whether the instruction's opcode begins at `at`: there are prefixes alone before it.

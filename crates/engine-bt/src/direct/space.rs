@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::fd::OwnedFd;
 use std::os::fd::RawFd;
+use std::sync::OnceLock;
 
 use super::filter;
 use super::spawner::Spawner;
@@ -37,6 +38,34 @@ const NOTIF_SET_FLAGS: libc::c_ulong = 0x4008_2104;
 const SYNC_WAKE_UP: libc::c_ulong = 1;
 /// A process that says nothing for so long while it should is looked at again.
 const LOOK_MS: libc::c_int = 1000;
+
+/// Whether a wait for a report ends when the process that would send it does: since Linux 6.11. On
+/// others poll has to be asked first.
+///
+/// Asks the kernel the first time, which a filtered thread can't.
+pub(super) fn receiving_ends() -> bool {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        // SAFETY: plain data that the call fills with text.
+        let mut name: libc::utsname = unsafe { std::mem::zeroed() };
+        // SAFETY: a valid structure.
+        unsafe { libc::uname(&raw mut name) };
+        let release: Vec<u8> = name
+            .release
+            .iter()
+            .map(|&byte| byte.cast_unsigned())
+            .collect();
+        version(&String::from_utf8_lossy(&release)) >= (6, 11)
+    })
+}
+
+/// The first two numbers of a kernel's release.
+fn version(release: &str) -> (u32, u32) {
+    let mut numbers = release
+        .split(|character: char| !character.is_ascii_digit())
+        .map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
 
 /// `struct seccomp_notif`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -82,18 +111,9 @@ impl Listener {
     /// Waits until the process is in its call, and returns the call's arguments.
     fn wait(&mut self) -> io::Result<[u64; 6]> {
         let fd = self.descriptor.as_raw_fd();
+        let mut ask_first = !receiving_ends();
         loop {
-            let mut poll = libc::pollfd {
-                fd,
-                events: libc::POLLIN,
-                revents: 0,
-            };
-            // SAFETY: one live entry.
-            let ready = unsafe { libc::poll(&raw mut poll, 1, LOOK_MS) };
-            if ready > 0 && poll.revents & libc::POLLIN == 0 {
-                return Err(io::Error::other("a space process ended"));
-            }
-            if ready <= 0 {
+            if ask_first && !self.poll()? {
                 continue;
             }
             let mut notice = Notice::default();
@@ -108,7 +128,23 @@ impl Listener {
             if !again.contains(&error.raw_os_error()) {
                 return Err(error);
             }
+            ask_first = true;
         }
+    }
+
+    /// Waits for a report, but not for ever: whether there is one.
+    fn poll(&self) -> io::Result<bool> {
+        let mut poll = libc::pollfd {
+            fd: self.descriptor.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one live entry.
+        let ready = unsafe { libc::poll(&raw mut poll, 1, LOOK_MS) };
+        if ready > 0 && poll.revents & libc::POLLIN == 0 {
+            return Err(io::Error::other("a space process ended"));
+        }
+        Ok(ready > 0)
     }
 
     /// Lets the process go on.
@@ -376,5 +412,22 @@ fn write_stub(view: &Reservation) {
             .write_unaligned([guest.len() as u64, there + stub::GUEST_FILTER]);
         ((head + stub::MAPPER_PROGRAM) as *mut [u64; 2])
             .write_unaligned([mapper.len() as u64, there + stub::MAPPER_FILTER]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::version;
+
+    #[test]
+    fn a_kernels_version_is_read_from_its_release() {
+        for (release, numbers) in [
+            ("6.11.0-rc1", (6, 11)),
+            ("6.1.0-49-cloud-amd64", (6, 1)),
+            ("7.0+", (7, 0)),
+            ("unknown", (0, 0)),
+        ] {
+            assert_eq!(version(release), numbers);
+        }
     }
 }

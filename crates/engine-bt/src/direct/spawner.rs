@@ -29,6 +29,7 @@ use std::sync::atomic::AtomicI32;
 use std::sync::atomic::Ordering;
 
 use super::filter;
+use super::space::receiving_ends;
 use super::stub;
 
 /// What a new space is reached by.
@@ -70,6 +71,8 @@ pub(crate) struct Spawner {
 impl Spawner {
     /// Starts it. `memory` is the machine's RAM, `patches` the file of patched pages of it.
     pub(crate) fn start(memory: RawFd, patches: RawFd) -> io::Result<Self> {
+        // Asked here, before the vCPUs' threads are filtered.
+        receiving_ends();
         let mut pair = [0; 2];
         // SAFETY: the array has room for two descriptors.
         let made = unsafe {

@@ -31,6 +31,7 @@ fn space_with(code: &[u8]) -> (Spawner, Space) {
         view.start() + 4096,
         super::maps::Bytes::Ram(4096),
         super::maps::READ | super::maps::EXECUTE,
+        super::maps::Enter::Now,
     );
     space.execute(&maps.take_pending()).expect("mapped");
     (spawner, space)
