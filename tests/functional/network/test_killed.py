@@ -29,9 +29,11 @@ _SERVERS = (b"dnsmasq", b"ringfence-gateway", b"_names_server")
 
 def _come_and_go(mode: str, die_at: int = 0) -> int:
     """Attaches a machine and detaches it; how many lines that took. Dies at one of them."""
-    policy = Policy(allow=["good.example"]) if mode == "nat" else Policy()
-    ports = () if mode == "isolated" else (PublishedPort(host=0, guest=80),)
-    options = AttachOptions(name="m", policy=policy, publish=ports)
+    on_lan = mode.startswith("bridge")
+    policy = Policy(allow=["good.example"]) if on_lan or mode == "nat" else Policy()
+    ports = () if on_lan or mode == "isolated" else (PublishedPort(host=0, guest=80),)
+    own = ("10.93.0.50/24",) if on_lan else ()
+    options = AttachOptions(name="m", policy=policy, publish=ports, addresses=own)
     lines = 0
 
     def trace(frame: FrameType, event: str, _: object) -> TraceFunction | None:
@@ -92,6 +94,11 @@ def _lines(mode: str) -> int:
 
 @pytest.mark.parametrize("mode", ["user", "isolated", "nat"])
 def test_the_next_command_cleans(home: Path, peer: Peer, mode: str) -> None:  # noqa: ARG001
+    killed_anywhere(home, mode)
+
+
+def killed_anywhere(home: Path, mode: str) -> None:
+    """Kills a machine's holder at many points, and looks at what is left of it."""
     lines = _lines(mode)
     assert lines > 100
     manage.heal()

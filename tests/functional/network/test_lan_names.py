@@ -15,6 +15,7 @@ from ringfence.network.kernel import refusals
 from ringfence.network.store import NetworkSpec, Store
 from tests.framework.lan import FAR4, FAR6, HOST4, HOST6, PEER4, Lan, ip
 from tests.functional.network.test_kernel_rules import _RAW
+from tests.functional.network.test_killed import killed_anywhere
 from tests.functional.network.test_machines import _state, engine
 from tests.functional.network.test_names_seen import _RESET, _TLS, _WEB, _web
 from tests.functional.network.test_shared import pings
@@ -295,6 +296,12 @@ u.sendto(data, who)
 s, _ = t.accept()
 s.sendall(s.recv(100))
 """
+
+
+def test_killed_anywhere_it_leaves_nothing(home: Path, lan: Lan) -> None:
+    before = lan.state()
+    killed_anywhere(home, f"bridge:{lan.interface}")
+    assert lan.state() == before
 
 
 def test_a_machine_is_not_this_host(make_guest: MakeGuest, lan: Lan) -> None:
