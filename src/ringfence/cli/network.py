@@ -11,7 +11,7 @@ from ringfence.cli import network_traffic, output
 from ringfence.errors import RingfenceError, StateError
 from ringfence.machine.attached import AttachedMachine
 from ringfence.network import manage
-from ringfence.network.store import MODES, NetworkSpec, Store
+from ringfence.network.store import MODES, NetworkSpec, Store, name_of
 
 if TYPE_CHECKING:
     import argparse
@@ -55,18 +55,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     output.add_format(listing)
     listing.add_argument("-q", "--quiet", action="store_true", help="names only")
     inspecting = add("inspect", "show a network, or a machine's own, as JSON")
-    inspecting.add_argument("name", metavar="NETWORK|MACHINE")
+    inspecting.add_argument("name", type=name_of, metavar="NETWORK|MACHINE")
     removing = add("rm", "remove networks")
-    removing.add_argument("names", nargs="+", metavar="NAME")
+    removing.add_argument("names", type=name_of, nargs="+", metavar="NAME")
     rules = add("policy", "show or change who a network or a machine reaches, at once")
-    rules.add_argument("name", metavar="NETWORK|MACHINE")
+    rules.add_argument("name", type=name_of, metavar="NETWORK|MACHINE")
     _add_rules(rules)
     rules.add_argument("--clear", action="store_true", help="no rules at all")
     refusals = add("refusals", "show what was refused, and why")
-    refusals.add_argument("name", metavar="NETWORK|MACHINE")
+    refusals.add_argument("name", type=name_of, metavar="NETWORK|MACHINE")
     output.add_format(refusals)
     capture = add("capture", "write what passes as pcap, until it is interrupted")
-    capture.add_argument("name", metavar="NETWORK|MACHINE")
+    capture.add_argument("name", type=name_of, metavar="NETWORK|MACHINE")
     capture.add_argument(
         "-o", "--output", default="-", metavar="FILE", help="where to; - is the output"
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ringfence.errors import ConfigError, ConflictError, GuestError, NotFoundError
 from ringfence.network import AttachOptions, LinkSpec, PublishedPort, Rate, attach
+from ringfence.network.store import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -132,7 +133,8 @@ class Attachments:
         Raises:
             NotFoundError: The machine isn't on it.
         """
-        found = self._by_name.pop(network, None)
+        names = [one for one in self._by_name if name_of(one) == name_of(network)]
+        found = self._by_name.pop(names[0]) if names else None
         if found is None:
             message = f"the machine {self._place.name} is not on the network {network}"
             on = ", ".join(self._by_name) or "none"

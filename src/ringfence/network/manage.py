@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from ringfence.errors import ConfigError, ConflictError, RingfenceError
 from ringfence.network import addresses, leases, links, user
-from ringfence.network.store import MODES, Member, NetworkSpec, Store
+from ringfence.network.store import MODES, Member, NetworkSpec, Store, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -300,7 +300,7 @@ def _implicit(store: Store, network: str) -> NetworkSpec:
     if mode == "bridge" and not rest:
         message = "the mode bridge needs the host's interface"
         raise ConfigError(message, hint="--network bridge:IF; ip link lists them")
-    name = f"{mode}-{rest}".replace("/", "_").replace(":", ".").rstrip("-")
+    name = name_of(network)
     if (known := store.get(name)) is not None:
         return known
     subnets = (rest,) if mode == "routed" and rest else ()

@@ -9,7 +9,7 @@ import pytest
 from ringfence.errors import ConfigError, ConflictError
 from ringfence.machine.options import spec_from
 from ringfence.network import AttachOptions, LinkSpec, Policy, dhcp, egress, leases
-from ringfence.network.store import Member, NetworkSpec
+from ringfence.network.store import Member, NetworkSpec, name_of
 from ringfence.network.tables import Table
 
 _NET = NetworkSpec(
@@ -26,6 +26,14 @@ def test_interfaces_are_parsed() -> None:
     for text in ("", ",mac=02:00:00:00:00:01", "web,ip=", "web,speed=1"):
         with pytest.raises(ConfigError):
             LinkSpec.parse(text)
+
+
+def test_a_network_is_named_as_it_is_joined_and_as_it_is_listed() -> None:
+    for text, name in (
+        ("web", "web"), ("nat", "nat"), ("bridge:br0", "bridge-br0"), ("bridge-br0", "bridge-br0"),
+        ("routed:10.5.0.0/24", "routed-10.5.0.0_24"), ("routed:fd00:5::/64", "routed-fd00.5.._64"),
+    ):  # fmt: skip
+        assert name_of(text) == name
 
 
 def test_keywords_say_all_interfaces() -> None:
