@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING
 
 from ringfence.errors import ConfigError, UnsupportedError
 from ringfence.guest.spec import InterfaceSpec
-from ringfence.network import dhcp, dnsmasq, firewall, kernel, lan, lan_rules, links, names, relay
+from ringfence.network import (
+    addresses,
+    dhcp,
+    dnsmasq,
+    firewall,
+    kernel,
+    lan,
+    lan_rules,
+    links,
+    names,
+    relay,
+)
 from ringfence.network.store import Store
 
 if TYPE_CHECKING:
@@ -83,7 +94,9 @@ def join(
     if told_by:
         interface = dataclasses.replace(interface, dns=told_by)
     known = tuple(text.partition("/")[0] for text in interface.addresses)
-    member = dataclasses.replace(member, addresses=known)
+    # A VM's own system may ask the LAN for others; a container has what it was given.
+    held = kind == "container" or bool(options.addresses)
+    member = dataclasses.replace(member, addresses=known, held=held)
     return kernel.plug(spec, member, kind, interface, (options, []), stack)
 
 
@@ -134,7 +147,8 @@ def settle(
     if not members:
         return
     folder, table, bridge = Store().folder(spec.name), kernel.table_of(spec), kernel.bridge_of(spec)
-    host = lan_rules.Lan(table=table, bridge=bridge, own=lan.own_addresses(bridge))
+    servers = lan.servers_on(bridge, addresses.host_nameservers())
+    host = lan_rules.Lan(table=table, bridge=bridge, own=lan.own_addresses(bridge), servers=servers)
     # Whoever had doors keeps them: its name server is there, and maybe connections.
     had = names.doors(folder).keys() | relay.doors(spec).keys()
     led = {

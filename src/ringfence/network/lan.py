@@ -22,9 +22,18 @@ from typing import TYPE_CHECKING, cast
 from ringfence.errors import HostError, NotFoundError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["address_on", "check", "join", "leave", "master_of", "own_addresses", "router_on"]
+__all__ = [
+    "address_on",
+    "check",
+    "join",
+    "leave",
+    "master_of",
+    "own_addresses",
+    "router_on",
+    "servers_on",
+]
 
 _SYS = Path("/sys/class/net")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -281,6 +290,17 @@ def address_on(bridge: str, text: str) -> str | None:
 def own_addresses(bridge: str) -> list[str]:
     """The host's own addresses on a LAN, but for link-local ones."""
     return [str(one["local"]) for one in _addresses(bridge)]
+
+
+def servers_on(bridge: str, known: Sequence[str]) -> dict[str, str]:
+    """By their addresses the LAN's routers and the servers in ``known``, with who they are there."""
+    wanted = {*known, *(router_on(bridge, version) or "" for version in (4, 6))}
+    found = {}
+    with suppress(HostError, ValueError):
+        for one in json.loads(_ip("-j", "neigh", "show", "dev", bridge)):
+            if one.get("lladdr") and one.get("dst") in wanted:
+                found[str(one["dst"])] = str(one["lladdr"])
+    return found
 
 
 def router_on(bridge: str, version: int) -> str | None:

@@ -27,7 +27,7 @@ from ringfence.network import egress, firewall, links, tables
 from ringfence.network.tables import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from ringfence.network.egress import Owner
     from ringfence.network.store import Member, NetworkSpec
@@ -58,6 +58,7 @@ class Lan:
         table: The name of the tables.
         bridge: The host's bridge.
         own: The host's addresses there.
+        servers: By their addresses the Ethernet addresses of its routers and name servers.
         names: By machines' names where what they ask for names goes.
         relay: By machines' names where connections go that have to show theirs.
     """
@@ -65,6 +66,7 @@ class Lan:
     table: str
     bridge: str
     own: Sequence[str] = ()
+    servers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     names: Mapping[str, Sequence[str]] = field(default_factory=lambda: MappingProxyType({}))
     relay: Mapping[str, Sequence[str]] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -95,12 +97,12 @@ def hold(lan: Lan, spec: NetworkSpec, members: Sequence[Member]) -> None:
         HostError: The kernel refuses.
         UnsupportedError: There is no nft.
     """
-    # By its link: a LAN's machine has addresses that we don't know.
-    members = [dataclasses.replace(one, addresses=()) for one in members]
+    # By its link: a LAN's machine may have addresses that we don't know.
+    members = [one if one.held else dataclasses.replace(one, addresses=()) for one in members]
     held = firewall.own_addresses(lan.table, members)
     egress.add_refusals(held, spec.name, rejects=False)
     held.counters = (*held.counters, "spoofed")
-    network, *owners = egress.owners(spec, members)
+    network, *owners = [egress.Owner(one.key, one.policy) for one in egress.owners(spec, members)]
     egress.add_pins(held, [network, *owners])
     held.chain("net", egress.chain(network, "return"))
     machines = [
@@ -111,8 +113,9 @@ def hold(lan: Lan, spec: NetworkSpec, members: Sequence[Member]) -> None:
     for one in machines:
         _add_sets(held, one)
         chain = held.chains[f"machine_{one.number}"]
-        # It may be whom it likes there, but not this host.
-        chain += _not_this_host(lan.own)
+        # It may be whom it likes there, but not this host, nor those that others rely on.
+        others = [ip for ip, mac in lan.servers.items() if mac != one.mac]
+        chain[:0] = _is_not({*lan.own, *others})
         chain.append(f"jump begins_{one.number}")
         _add_relay(held, one)
         held.chain(f"egress_{one.number}", _egress(held, network, one))
@@ -143,9 +146,9 @@ def _add_sets(held: Table, one: _Machine) -> None:
         held.sets[f"relayed_{one.key}_{version}"] = f"type {three}; {_SET.format(_LONG)}"
 
 
-def _not_this_host(own: Sequence[str]) -> Iterator[str]:
+def _is_not(addresses: Iterable[str]) -> Iterator[str]:
     refuse = "jump refuse_spoofed"
-    for address in own:
+    for address in sorted(addresses):
         family = "ip6" if ":" in address else "ip"
         yield f"{family} saddr {address} {refuse}"
         if family == "ip":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 import pytest
@@ -14,7 +15,6 @@ from ringfence.network import AttachOptions, Policy, addresses, attach, manage
 from ringfence.network.kernel import refusals
 from ringfence.network.store import NetworkSpec, Store
 from tests.framework.lan import FAR4, FAR6, HOST4, HOST6, PEER4, Lan, ip
-from tests.functional.network.test_kernel_rules import _RAW
 from tests.functional.network.test_killed import killed_anywhere
 from tests.functional.network.test_machines import _state, engine
 from tests.functional.network.test_names_seen import _RESET, _TLS, _WEB, _web
@@ -47,7 +47,7 @@ def lan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lan]:
         yield found
 
 
-def _guest(make_guest: MakeGuest, lan: Lan, **options: object) -> Guest:
+def guest_on(make_guest: MakeGuest, lan: Lan, **options: object) -> Guest:
     options = {"dns": (), "addresses": _OWN, "name": "one", **options}
     guest = make_guest(f"bridge:{lan.interface}", **options)
     # Its routers are not the host's: this host has no default route.
@@ -60,7 +60,7 @@ def test_an_address_that_names_share_is_open_for_the_allowed_one_alone(
     make_guest: MakeGuest, lan: Lan
 ) -> None:
     before = lan.state()
-    one = _guest(make_guest, lan, policy=Policy(allow=["good.example"]))
+    one = guest_on(make_guest, lan, policy=Policy(allow=["good.example"]))
     assert one.attachment.interface.dns == (HOST4, HOST6)
     # Nobody asked for a name yet: the address is not open.
     assert ask(one, FAR4, 80) == "TimeoutError"
@@ -93,7 +93,7 @@ def test_an_address_that_names_share_is_open_for_the_allowed_one_alone(
 
 def test_whomever_a_machine_asks_the_host_answers(make_guest: MakeGuest, lan: Lan) -> None:
     """A guest may choose another name server, and peers may be one: none but the host is heard."""
-    one = _guest(make_guest, lan, policy=Policy(allow=["good.example"]))
+    one = guest_on(make_guest, lan, policy=Policy(allow=["good.example"]))
     for server in (PEER4, FAR4, "192.0.2.53"):
         assert _asks(one, server, "evil.example") == ["code 5", "code 5"], server
         assert _asks(one, server, "good.example") == [FAR4, FAR6], server
@@ -108,8 +108,6 @@ def test_whomever_a_machine_asks_the_host_answers(make_guest: MakeGuest, lan: La
 
 
 def _asks(guest: Guest, server: str, name: str) -> list[str]:
-    from dataclasses import replace  # noqa: PLC0415 - for this alone
-
     told = guest.attachment._interface
     guest.attachment._interface = replace(told, dns=(server,))
     try:
@@ -128,11 +126,11 @@ def _doors() -> set[int]:
 
 def test_machines_have_rules_each_by_its_link(make_guest: MakeGuest, lan: Lan) -> None:
     """Who has which address says nothing: here one takes the other's."""
-    one = _guest(make_guest, lan, policy=Policy(allow=["good.example"]))
-    two = _guest(
+    one = guest_on(make_guest, lan, policy=Policy(allow=["good.example"]))
+    two = guest_on(
         make_guest, lan, name="two", addresses=("10.93.0.78/24",), policy=Policy(allow=["*.test"])
     )
-    three = _guest(make_guest, lan, name="three", addresses=("10.93.0.79/24",))
+    three = guest_on(make_guest, lan, name="three", addresses=("10.93.0.79/24",))
     assert resolve(one, "good.example") == [FAR4, FAR6]
     assert _web(one, FAR4, "good.example") == "answered"
     one.run("ip", "link", "set", "eth0", "down")
@@ -147,7 +145,7 @@ def test_machines_have_rules_each_by_its_link(make_guest: MakeGuest, lan: Lan) -
 
 
 def test_a_denied_name_is_refused_wherever_it_shows(make_guest: MakeGuest, lan: Lan) -> None:
-    one = _guest(make_guest, lan, policy=Policy(deny=["*.evil.example"]))
+    one = guest_on(make_guest, lan, policy=Policy(deny=["*.evil.example"]))
     assert resolve(one, "a.evil.example") == _REFUSED
     for address in (FAR4, FAR6):
         assert _web(one, address, "a.evil.example") == _RESET
@@ -161,7 +159,7 @@ def test_a_denied_name_is_refused_wherever_it_shows(make_guest: MakeGuest, lan: 
 def test_rules_about_names_begin_and_end_while_machines_run(
     make_guest: MakeGuest, lan: Lan
 ) -> None:
-    one = _guest(make_guest, lan, dns=(PEER4,))
+    one = guest_on(make_guest, lan, dns=(PEER4,))
     network = f"bridge-{lan.interface}"
     assert _web(one, FAR4, "evil.example") == "answered"
     with one_that_stays(one, FAR4) as first:
@@ -221,100 +219,10 @@ class one_that_stays:  # noqa: N801 - reads as words
         self._process.communicate()
 
 
-_BARE = """
-import socket, struct, sys
-s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-s.bind(("eth0", 0))
-own = s.getsockname()[4]
-router = bytes.fromhex(sys.argv[3].replace(":", ""))
-def sum16(data):
-    data += b"\\0" * (len(data) % 2)
-    n = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while n >> 16: n = (n & 0xffff) + (n >> 16)
-    return ~n & 0xffff
-def send(protocol, body, piece=0):
-    ip = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(body), 7, piece, 64, protocol, 0,
-                     socket.inet_aton(sys.argv[1]), socket.inet_aton(sys.argv[2]))
-    ip = ip[:10] + struct.pack(">H", sum16(ip)) + ip[12:]
-    for tag in (b"", b"\\x81\\0\\0\\x01"):
-        s.send(router + own + tag + b"\\x08\\0" + ip + body)
-def tcp(flags): return struct.pack(">HHIIBBHHH", 40000, 80, 1, 1, 0x50, flags, 1000, 0, 0)
-# Answers to nobody, what is in pieces, and echoes that nobody asked for.
-for flags in (0x10, 0x12, 0x04, 0x01): send(6, tcp(flags) + b"secret")
-send(6, tcp(0x10)[:8], 0x2000)
-send(6, tcp(0x02)[8:] + b"secret", 0x0001)
-send(1, b"\\0\\0\\0\\0\\0\\1\\0\\1secret")
-send(1, b"\\3\\0\\0\\0\\0\\0\\0\\0secret")
-send(17, struct.pack(">HHHH", 68, 67, 14, 0) + b"secret")
-send(17, struct.pack(">HHHH", 53, 5000, 14, 0) + b"secret")
-send(47, b"secret")
-"""
-_SEES = """
-import socket
-s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-s.bind(("eth0", 0))
-s.settimeout(3)
-print("ready", flush=True)
-seen = 0
-while True:
-    try: frame = s.recv(65536)
-    except TimeoutError: break
-    seen += b"secret" in frame or frame[34:38] == b"\\x9c\\x40\\0\\x50"
-print(seen)
-"""
-
-
-@pytest.mark.parametrize("rules", [Policy(allow=["good.example"]), Policy(allow=["10.93.0.50"])])
-def test_what_answers_nobody_reaches_nobody(make_guest: MakeGuest, lan: Lan, rules: Policy) -> None:
-    one = _guest(make_guest, lan, policy=rules)
-    looking = lan.peer.spawn("python3", "-c", _SEES)
-    assert looking.stdout is not None
-    assert looking.stdout.readline() == "ready\n"
-    link = lan.peer.run("cat", "/sys/class/net/eth0/address").stdout.strip()
-    one.python(_BARE, "10.93.0.77", FAR4, link)
-    assert looking.communicate()[0] == "0\n"
-    # Others reach it, and hear its answers, by UDP as well.
-    assert lan.peer.run("ping", "-c", "1", "-W", "1", "10.93.0.77").returncode == 0
-    assert lan.peer.run("ping", "-6", "-c", "1", "-W", "1", "fd00:93::77").returncode == 0
-    serving = one.spawn("python3", "-c", _SERVES)
-    assert serving.stdout is not None
-    assert serving.stdout.readline() == "ready\n"
-    assert ask_udp(lan.peer, "10.93.0.77", 7000) == "hello"
-    assert ask(lan.peer, "10.93.0.77", 7000) == "hello"
-    serving.kill()
-    serving.communicate()
-
-
-_SERVES = """
-import socket
-u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-u.bind(("", 7000))
-t = socket.create_server(("", 7000))
-print("ready", flush=True)
-data, who = u.recvfrom(100)
-u.sendto(data, who)
-s, _ = t.accept()
-s.sendall(s.recv(100))
-"""
-
-
 def test_killed_anywhere_it_leaves_nothing(home: Path, lan: Lan) -> None:
     before = lan.state()
     killed_anywhere(home, f"bridge:{lan.interface}")
     assert lan.state() == before
-
-
-def test_a_machine_is_not_this_host(make_guest: MakeGuest, lan: Lan) -> None:
-    one = _guest(make_guest, lan)
-    one.run("ip", "addr", "add", f"{HOST4}/24", "dev", "eth0")
-    one.run("ip", "-6", "addr", "add", f"{HOST6}/64", "dev", "eth0", "nodad")
-    one.python(_RAW, "3", HOST4, PEER4)
-    for address in (HOST4, HOST6):
-        lan.peer.run("ip", "neigh", "flush", "to", address)
-        assert lan.peer.run("ping", "-c", "2", "-W", "1", address).returncode == 0
-        heard = lan.peer.run("ip", "neigh", "show", address).stdout
-        assert one.attachment.interface.mac not in heard
-    assert refusals(Store().find(f"bridge-{lan.interface}"))["counts"]["spoofed"] > 0  # type: ignore[index]
 
 
 @pytest.mark.usefixtures("home")
@@ -349,6 +257,19 @@ def test_whole_machines_are_held(engine: EngineName, lan: Lan) -> None:
         assert machine.run([*curl, *shared]).exit_code == 56
 
 
+SERVES = """
+import socket
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+u.bind(("", 7000))
+t = socket.create_server(("", 7000))
+print("ready", flush=True)
+data, who = u.recvfrom(100)
+u.sendto(data, who)
+s, _ = t.accept()
+s.sendall(s.recv(100))
+"""
+
+
 def test_a_bridge_of_the_hosts_own_may_have_no_other_port(make_guest: MakeGuest, lan: Lan) -> None:
     """Its Ethernet address is then its first machine's, from when that is there."""
     bridge = f"rfs{lan.interface[3:]}"
@@ -361,7 +282,7 @@ def test_a_bridge_of_the_hosts_own_may_have_no_other_port(make_guest: MakeGuest,
         one = make_guest(network, name="one", dns=(), addresses=own, policy=rules)
         assert resolve(one, "good.example") == [FAR4, FAR6]
         assert resolve(one, "evil.example") == _REFUSED
-        with subprocess.Popen(["python3", "-c", _SERVES], stdout=subprocess.PIPE) as serving:
+        with subprocess.Popen(["python3", "-c", SERVES], stdout=subprocess.PIPE) as serving:
             assert serving.stdout is not None
             assert serving.stdout.readline() == b"ready\n"
             # The host itself is reached past the relay.
