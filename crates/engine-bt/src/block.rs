@@ -1,7 +1,5 @@
 //! What a translation consists of: its code, and what is known of places inside it.
 
-use std::collections::BTreeMap;
-
 use crate::hot::Gate;
 use crate::mode::Mode;
 use crate::translate::crossing::Routine;
@@ -88,7 +86,7 @@ pub(crate) struct NewBlock {
     /// Where the code begins that is rarely run.
     pub hot_len: usize,
     /// Branches within the code: the places of their displacements, and where they go.
-    pub branches: BTreeMap<usize, usize>,
+    pub branches: Vec<(usize, usize)>,
     pub guest: u16,
     /// 64-byte parts of the page that the translation depends on.
     pub parts: u64,

@@ -403,7 +403,7 @@ impl CodeCache {
         for (place, target) in gates.chain(routines) {
             set_distance(&mut code, place, block.place(u32_of(place)), target);
         }
-        for (&place, &target) in &new.branches {
+        for &(place, target) in &new.branches {
             let target = block.place(u32_of(target));
             set_distance(&mut code, place, block.place(u32_of(place)), target);
         }

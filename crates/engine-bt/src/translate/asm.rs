@@ -3,8 +3,6 @@
 //! It knows only what those sequences need. Guest instructions themselves are copied or
 //! re-encoded by iced-x86.
 
-use std::collections::BTreeMap;
-
 /// A host general register by its encoding number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Reg(pub u8);
@@ -100,7 +98,7 @@ pub(crate) const A: Cond = Cond(7);
 pub(crate) struct Asm {
     pub code: Vec<u8>,
     /// Branches by the places of their displacements, and where they go.
-    pub branches: BTreeMap<usize, usize>,
+    pub branches: Vec<(usize, usize)>,
 }
 
 /// The place of a 32-bit branch displacement that waits for its target.
@@ -128,7 +126,7 @@ impl Asm {
         let distance = i32::try_from(target.cast_signed() - from.cast_signed())
             .expect("a block is far smaller than 2 GiB");
         self.code[fixup.0..from].copy_from_slice(&distance.to_le_bytes());
-        self.branches.insert(fixup.0, target);
+        self.branches.push((fixup.0, target));
     }
 
     /// Points a branch at the current position.

@@ -59,6 +59,10 @@ pub(crate) struct Emitter<'a> {
     pub held: Vec<(Reg, usize)>,
 }
 
+/// What most blocks have room enough with.
+const USUAL_BYTES: usize = 1024;
+const USUAL: usize = 16;
+
 /// Writes the host code of `items`. Also says where each instruction's code starts, and then the
 /// cold code.
 pub(crate) fn emit_block(
@@ -130,13 +134,16 @@ impl<'a> Emitter<'a> {
         Self {
             request,
             plan,
-            asm: Asm::default(),
-            sites: Vec::new(),
-            links: Vec::new(),
-            cold: Vec::new(),
-            site_places: Vec::new(),
-            link_places: Vec::new(),
-            gate_places: Vec::new(),
+            asm: Asm {
+                code: Vec::with_capacity(USUAL_BYTES),
+                branches: Vec::with_capacity(USUAL),
+            },
+            sites: Vec::with_capacity(USUAL),
+            links: Vec::with_capacity(2),
+            cold: Vec::with_capacity(USUAL),
+            site_places: Vec::with_capacity(USUAL),
+            link_places: Vec::with_capacity(2),
+            gate_places: Vec::with_capacity(USUAL),
             routine_places: Vec::new(),
             encoder: Encoder::new(64),
             flags_live: true,

@@ -11,8 +11,6 @@
 //! A range that turns out to cross a page, or a write to a page that may only be read, leaves the
 //! block for a translation of the same code without groups.
 
-use std::collections::HashMap;
-
 use iced_x86::Code;
 use iced_x86::Instruction;
 use iced_x86::InstructionInfoFactory;
@@ -137,8 +135,8 @@ pub(crate) fn plan_block(
     let mut used = 0_u16;
     let families = collect(items, info, bits, &mut used);
     let mut candidates: Vec<Vec<Access>> = families
-        .into_values()
-        .flat_map(split)
+        .into_iter()
+        .flat_map(|(_, accesses)| split(accesses))
         .filter(|members| members.len() > 1)
         .collect();
     candidates.sort_by_key(|members| (members[0].item, members[0].which));
@@ -149,28 +147,30 @@ pub(crate) fn plan_block(
     plan
 }
 
-/// All accesses by address family, in order.
+/// All accesses by address family, in order. A block has few families.
 fn collect(
     items: &[Item],
     info: &mut InstructionInfoFactory,
     bits: u32,
     used: &mut u16,
-) -> HashMap<Key, Vec<Access>> {
+) -> Vec<(Key, Vec<Access>)> {
     let mut symbols = Symbols::new();
-    let mut families: HashMap<Key, Vec<Access>> = HashMap::new();
+    let mut families: Vec<(Key, Vec<Access>)> = Vec::new();
     let word = if bits == 64 { 8 } else { 4 };
     for (index, item) in items.iter().enumerate() {
-        for (which, (key, offset, bytes, write)) in
-            accesses(item, &symbols, word).into_iter().enumerate()
-        {
-            if let Some(key) = key {
-                families.entry(key).or_default().push(Access {
-                    item: index,
-                    which,
-                    offset,
-                    bytes,
-                    write,
-                });
+        let accesses = accesses(item, &symbols, word);
+        for (which, (key, offset, bytes, write)) in accesses.into_iter().flatten().enumerate() {
+            let Some(key) = key else { continue };
+            let access = Access {
+                item: index,
+                which,
+                offset,
+                bytes,
+                write,
+            };
+            match families.iter_mut().find(|(known, _)| *known == key) {
+                Some((_, members)) => members.push(access),
+                None => families.push((key, vec![access])),
             }
         }
         follow(item, &mut symbols, info, word, used);
@@ -181,7 +181,7 @@ fn collect(
 type Found = (Option<Key>, i64, u16, bool);
 
 /// The accesses of an item in the order in which it makes them.
-fn accesses(item: &Item, symbols: &Symbols, word: i64) -> Vec<Found> {
+fn accesses(item: &Item, symbols: &Symbols, word: i64) -> [Option<Found>; 2] {
     let stack = |delta: i64, write: bool| {
         let (origin, offset) = symbols.values[RSP];
         let key = Key {
@@ -200,19 +200,19 @@ fn accesses(item: &Item, symbols: &Symbols, word: i64) -> Vec<Found> {
     let bytes = u16::try_from(word).unwrap_or(8);
     let instruction = &item.instruction;
     match item.class {
-        Class::Memory { bytes, write, .. } => vec![operand(bytes, write)],
+        Class::Memory { bytes, write, .. } => [Some(operand(bytes, write)), None],
         Class::Push if instruction.op0_kind() == OpKind::Memory => {
-            vec![operand(bytes, false), stack(-word, true)]
+            [Some(operand(bytes, false)), Some(stack(-word, true))]
         }
-        Class::Push | Class::Call => vec![stack(-word, true)],
+        Class::Push | Class::Call => [Some(stack(-word, true)), None],
         Class::CallIndirect if instruction.op0_kind() == OpKind::Memory => {
-            vec![operand(bytes, false), stack(-word, true)]
+            [Some(operand(bytes, false)), Some(stack(-word, true))]
         }
-        Class::CallIndirect => vec![(None, 0, bytes, false), stack(-word, true)],
+        Class::CallIndirect => [Some((None, 0, bytes, false)), Some(stack(-word, true))],
         Class::JumpIndirect if instruction.op0_kind() == OpKind::Memory => {
-            vec![operand(bytes, false)]
+            [Some(operand(bytes, false)), None]
         }
-        Class::Pop | Class::Return => vec![stack(0, false)],
+        Class::Pop | Class::Return => [Some(stack(0, false)), None],
         Class::Leave => {
             let (origin, offset) = symbols.values[RBP];
             let key = Key {
@@ -221,9 +221,9 @@ fn accesses(item: &Item, symbols: &Symbols, word: i64) -> Vec<Found> {
                 segment: Register::None,
                 narrow: false,
             };
-            vec![(Some(key), offset, bytes, false)]
+            [Some((Some(key), offset, bytes, false)), None]
         }
-        _ => Vec::new(),
+        _ => [None, None],
     }
 }
 
