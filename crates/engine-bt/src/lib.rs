@@ -23,6 +23,7 @@ mod code_table;
 mod control;
 mod core;
 mod counters;
+mod crash;
 mod debug;
 mod device;
 mod direct;
@@ -57,6 +58,7 @@ mod walk;
 mod window;
 
 pub use clock::learn_frequency;
+pub use crash::report_crashes;
 pub use listing::Listing;
 pub use listing::list_translation;
 pub use vm::BtEngine;

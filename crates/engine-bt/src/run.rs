@@ -11,6 +11,7 @@ use ringfence_x86::state::Activity;
 use crate::core::Core;
 use crate::core::Injected;
 use crate::core::flag;
+use crate::crash;
 use crate::event::Source;
 use crate::fault::Stop;
 use crate::fault::vector;
@@ -64,7 +65,9 @@ impl Core {
         self.load_fpu();
         self.remote.set_inside(true);
         self.serve_awaited();
+        crash::note_vcpu(Some(self.hot()));
         let result = body(self);
+        crash::note_vcpu(None);
         self.remote.set_inside(false);
         self.save_fpu();
         result

@@ -17,6 +17,7 @@ use std::sync::atomic::AtomicPtr;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 
+use crate::crash;
 use crate::hot::Gate;
 use crate::hot::Hot;
 
@@ -107,7 +108,7 @@ extern "C" fn on_signal(
     let registers = &mut context_ref.uc_mcontext.gregs;
     let pc = registers[libc::REG_RIP as usize].cast_unsigned();
     if !is_translated(pc) {
-        forward(signal, info, context);
+        forward(signal, info, context, pc);
         return;
     }
     let number = registers[libc::REG_TRAPNO as usize].cast_unsigned();
@@ -142,7 +143,9 @@ extern "C" fn on_signal(
 }
 
 /// Hands a signal that isn't ours to its previous handler.
-fn forward(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+fn forward(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void, pc: u64) {
+    // SAFETY: `info` is valid; a fault signal has an address.
+    crash::report(signal, pc, unsafe { (*info).si_addr() } as u64);
     let index = SIGNALS.iter().position(|&known| known == signal);
     let previous = index.map_or(ptr::null_mut(), |index| {
         PREVIOUS[index].load(Ordering::SeqCst)

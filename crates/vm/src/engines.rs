@@ -31,7 +31,7 @@ pub(crate) struct EngineContext {
 struct Entry {
     name: &'static str,
     device: Option<&'static str>,
-    /// What it asks the host while the host's files are within reach.
+    /// What it sets up and asks the host while the host's files are within reach.
     learn: fn(),
     open: fn(EngineContext) -> Result<Box<dyn Engine>, EngineError>,
 }
@@ -41,7 +41,10 @@ const ENGINES: &[Entry] = &[
     Entry {
         name: "bt",
         device: None,
-        learn: ringfence_engine_bt::learn_frequency,
+        learn: || {
+            ringfence_engine_bt::learn_frequency();
+            ringfence_engine_bt::report_crashes();
+        },
         open: |context| {
             let mut engine =
                 ringfence_engine_bt::BtEngine::new()?.with_direct(match context.user_code {
@@ -98,7 +101,7 @@ fn find(name: &str) -> Result<&'static Entry, VmError> {
         })
 }
 
-/// Has the engine of this name ask the host what it can't ask once the jail closes.
+/// Has the engine of this name set up and ask the host what it can't once the jail closes.
 pub(crate) fn learn(name: &str) -> Result<(), VmError> {
     (find(name)?.learn)();
     Ok(())
