@@ -96,8 +96,18 @@ def join(
     known = tuple(text.partition("/")[0] for text in interface.addresses)
     # A VM's own system may ask the LAN for others; a container has what it was given.
     held = kind == "container" or bool(options.addresses)
-    member = dataclasses.replace(member, addresses=known, held=held)
+    member = dataclasses.replace(member, addresses=known, routers=interface.gateways, held=held)
+    if told_by and not _is_router(member, bridge) and lan.router_on(bridge, 4) is None:
+        _LOG.warning(
+            "this host has no way outside by %s: by a name alone, machines reach hosts of that LAN",
+            bridge,
+        )
     return kernel.plug(spec, member, kind, interface, (options, []), stack)
+
+
+def _is_router(member: Member, bridge: str) -> bool:
+    """Whether this host is a machine's way outside."""
+    return not set(member.routers).isdisjoint(lan.own_addresses(bridge))
 
 
 def _interface(
@@ -161,7 +171,8 @@ def settle(
         told = {dnsmasq.HOST_NAME: own, **known}
         doors = {name: (one, own) for name, one in led.items()}
         # The sets that the name server fills have to be there.
-        relayed = relay.apply_doors(spec, led, own)
+        by_lan = {name for name, one in led.items() if not _is_router(one, bridge)}
+        relayed = relay.apply_doors(spec, led, own, by_lan)
         asked = names.apply_doors(folder, table, spec, doors, told)
         host = dataclasses.replace(host, names=asked, relay=relayed)
     lan_rules.hold(host, spec, members)

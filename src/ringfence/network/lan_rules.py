@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ringfence.network import egress, firewall, links, tables
+from ringfence.network import egress, firewall, links, relay, tables
 from ringfence.network.tables import Table
 
 if TYPE_CHECKING:
@@ -308,4 +308,17 @@ def _translate(lan: Lan, machines: Sequence[_Machine]) -> Table:
     ]
     inet.chain("translated", after, "type filter hook prerouting priority 0; policy accept;")
     inet.chain("doors", guard, "type filter hook input priority filter; policy accept;")
+    _leave_by_lan(inet, lan)
     return inet
+
+
+def _leave_by_lan(inet: Table, lan: Lan) -> None:
+    """What the relay passes on goes by the LAN: not wherever else this host has ways to."""
+    away, untag = [], []
+    for address in lan.own:
+        family = "ip6" if ":" in address else "ip"
+        tagged = f"{family} saddr {address} {family} dscp {relay.BY_LAN}"
+        away.append(f'{tagged} oifname != "{lan.bridge}" meta l4proto tcp reject with tcp reset')
+        untag.append(f"{tagged} {family} dscp set 0")
+    inet.chain("by_lan", away, "type filter hook output priority filter; policy accept;")
+    inet.chain("untag", untag, "type filter hook postrouting priority 300; policy accept;")

@@ -16,18 +16,21 @@ from ringfence.errors import HostError, StateError
 from ringfence.network import addresses, gateway, user
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from ringfence.network.gateway import Gateway
     from ringfence.network.store import Member, NetworkSpec
 
-__all__ = ["apply", "apply_doors", "doors", "refusals", "stop", "tags"]
+__all__ = ["BY_LAN", "apply", "apply_doors", "doors", "refusals", "stop", "tags"]
 
 _BACKLOG = 1024
 # Descriptors in one message are few.
 _DOORS_AT_ONCE = 12
 # Values of a packet's DSCP but for the usual one (RFC 2474).
 _TAGS = 63
+# Marks connections that may leave by the machine's LAN alone: one of those values that are for use
+# on one's own links (RFC 2474 §6).
+BY_LAN = 43
 
 
 def apply(spec: NetworkSpec, members: Sequence[Member], first: Sequence[str]) -> list[str]:
@@ -77,7 +80,10 @@ def doors(spec: NetworkSpec) -> dict[str, list[str]]:
 
 
 def apply_doors(
-    spec: NetworkSpec, machines: Mapping[str, Member], own: Sequence[str]
+    spec: NetworkSpec,
+    machines: Mapping[str, Member],
+    own: Sequence[str],
+    by_lan: Container[str],
 ) -> dict[str, list[str]]:
     """Tells the relay of a LAN's machines, each of which comes by doors of its own.
 
@@ -85,6 +91,7 @@ def apply_doors(
         spec: The network.
         machines: Those whose connections are looked at, by their names.
         own: The host's addresses, at most one of each version.
+        by_lan: Those whose connections leave by the LAN alone.
 
     Returns:
         By machines' names where their doors are: ``ADDRESS:PORT`` or ``[ADDRESS]:PORT``.
@@ -95,21 +102,27 @@ def apply_doors(
     if any(_hosts(at) != set(own) for at in doors(spec).values()):
         # The host has moved, and what passed by its old addresses has ended.
         stop(spec)
-    with _running(spec) as running:
+    with _running(spec, own) as running:
         running.call("set_policy", spec.policy.document())
         known = _doors(running)
         fresh = [(name, address) for name in machines if name not in known for address in own]
         while True:
             now, fresh = fresh[:_DOORS_AT_ONCE], fresh[_DOORS_AT_ONCE:]
-            _open_doors(running, machines, now)
+            _open_doors(running, machines, now, by_lan)
             if not fresh:
                 return _doors(running)
 
 
 def _open_doors(
-    running: Gateway, machines: Mapping[str, Member], fresh: Sequence[tuple[str, str]]
+    running: Gateway,
+    machines: Mapping[str, Member],
+    fresh: Sequence[tuple[str, str]],
+    by_lan: Container[str],
 ) -> None:
-    told = {name: {**_machine(one), "listen": []} for name, one in machines.items()}
+    told = {
+        name: {**_machine(one), "listen": [], "tag": BY_LAN if name in by_lan else None}
+        for name, one in machines.items()
+    }
     with ExitStack() as stack:
         fds: list[int] = []
         for name, address in fresh:
@@ -136,12 +149,12 @@ def tags(spec: NetworkSpec, members: Sequence[Member]) -> dict[str, int]:
     return {machine_id: tag for tag, machine_id in found.items()}
 
 
-def _running(spec: NetworkSpec) -> Gateway:
+def _running(spec: NetworkSpec, own: Sequence[str] = ()) -> Gateway:
     path, log = user.control_path(spec.name), user.log_path(spec.name)
-    return gateway.ensure(path, log, lambda: _document(spec))
+    return gateway.ensure(path, log, lambda: _document(spec, own))
 
 
-def _document(spec: NetworkSpec) -> dict[str, object]:
+def _document(spec: NetworkSpec, own: Sequence[str]) -> dict[str, object]:
     document: dict[str, object] = {
         "version": 1,
         "name": spec.name,
@@ -149,6 +162,9 @@ def _document(spec: NetworkSpec) -> dict[str, object]:
     }
     for net in map(ipaddress.ip_network, spec.subnets):
         document[f"ipv{net.version}"] = f"{net[1]}/{net.prefixlen}"
+    for address in own:
+        # How large the LAN is doesn't matter: no links are there.
+        document["ipv6" if ":" in address else "ipv4"] = f"{address}/24"
     return document
 
 

@@ -95,6 +95,7 @@ class Member:
         dns: Name servers that it wants asked, instead of the host's.
         frames: Who moves a VM's frames between its card and the host's link: ``vhost-net`` or
             ``vm process``.
+        routers: Its ways outside, on a LAN.
         held: On a LAN, it may have no other addresses than these, of those versions.
     """
 
@@ -112,6 +113,7 @@ class Member:
     receive_bytes_per_s: int | None = None
     dns: tuple[str, ...] = ()
     frames: str = ""
+    routers: tuple[str, ...] = ()
     held: bool = False
 
     @property

@@ -14,10 +14,10 @@ from ringfence.errors import UnsupportedError
 from ringfence.network import AttachOptions, Policy, addresses, attach, manage
 from ringfence.network.kernel import refusals
 from ringfence.network.store import NetworkSpec, Store
-from tests.framework.lan import FAR4, FAR6, HOST4, HOST6, PEER4, Lan, ip
+from tests.framework.lan import FAR4, FAR6, HOST4, HOST6, PEER4, PEER6, Lan, ip
 from tests.functional.network.test_killed import killed_anywhere
 from tests.functional.network.test_machines import _state, engine
-from tests.functional.network.test_names_seen import _RESET, _TLS, _WEB, _web
+from tests.functional.network.test_names_seen import _MARKS, _RESET, _TLS, _WEB, _web
 from tests.functional.network.test_shared import pings
 from tests.functional.network.test_user import ask, ask_udp, resolve
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ringfence.machine.spec import EngineName
+    from tests.framework.networks import Peer
     from tests.functional.network.conftest import Guest, MakeGuest
 
 __all__ = ["_state", "engine"]
@@ -91,6 +92,25 @@ def test_an_address_that_names_share_is_open_for_the_allowed_one_alone(
     assert "ringfence" not in tables.stdout
 
 
+def test_no_name_leads_past_the_lan(make_guest: MakeGuest, peer: Peer, lan: Lan) -> None:
+    """The host has other ways outside: they are not the machine's."""
+    one = guest_on(make_guest, lan, policy=Policy(allow=["good.example"]))
+    assert resolve(one, "good.example") == [FAR4, FAR6]
+    looking = lan.peer.spawn("python3", "-c", _MARKS)
+    assert looking.stdout is not None
+    assert looking.stdout.readline() == "ready\n"
+    assert _web(one, FAR4, "good.example") == "answered"
+    # No packet carries a mark.
+    assert looking.communicate()[0] == "{0}\n"
+    assert peer.run("ip", "addr", "add", f"{FAR4}/32", "dev", "lo").returncode == 0
+    try:
+        ip("route", "replace", FAR4, "via", peer.v4)
+        assert _web(one, FAR4, "good.example") == _RESET
+    finally:
+        ip("route", "del", FAR4)
+        peer.run("ip", "addr", "del", f"{FAR4}/32", "dev", "lo")
+
+
 def test_whomever_a_machine_asks_the_host_answers(make_guest: MakeGuest, lan: Lan) -> None:
     """A guest may choose another name server, and peers may be one: none but the host is heard."""
     one = guest_on(make_guest, lan, policy=Policy(allow=["good.example"]))
@@ -98,6 +118,11 @@ def test_whomever_a_machine_asks_the_host_answers(make_guest: MakeGuest, lan: La
         assert _asks(one, server, "evil.example") == ["code 5", "code 5"], server
         assert _asks(one, server, "good.example") == [FAR4, FAR6], server
         assert _asks(one, server, "tcp/good.example") == [FAR4, FAR6], server
+    router = lan.peer.run("ip", "-6", "-o", "addr", "show", "dev", "eth0", "scope", "link").stdout
+    for server in (f"{router.split()[3].partition('/')[0]}%eth0", PEER6):
+        for by in ("udp", "tcp"):
+            assert one.python(_ASKS6, server, "evil.example", by) == "5 0", server
+            assert one.python(_ASKS6, server, "good.example", by) == "0 1", server
     for port in (853, 5353):
         assert ask_udp(one, PEER4, port) == "TimeoutError"
     assert ask(one, PEER4, 853) == "TimeoutError"
@@ -105,6 +130,21 @@ def test_whomever_a_machine_asks_the_host_answers(make_guest: MakeGuest, lan: La
     assert ask(lan.peer, HOST4, 53) == "ConnectionRefusedError"
     for port in _doors():
         assert ask(lan.peer, HOST4, port) == "TimeoutError"
+
+
+_ASKS6 = """
+import socket, struct, sys
+server, name, by = sys.argv[1:4]
+q = b"\\x12\\x34\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0"
+q += b"".join(bytes([len(l)]) + l.encode() for l in name.split(".")) + b"\\0\\0\\x1c\\0\\1"
+kind = socket.SOCK_STREAM if by == "tcp" else socket.SOCK_DGRAM
+with socket.socket(socket.AF_INET6, kind) as s:
+    s.settimeout(5)
+    s.connect(socket.getaddrinfo(server, 53, socket.AF_INET6, kind)[0][4])
+    s.send((len(q).to_bytes(2, "big") if by == "tcp" else b"") + q)
+    a = s.recv(4096)[2 if by == "tcp" else 0:]
+    print(a[3] & 15, a[7])
+"""
 
 
 def _asks(guest: Guest, server: str, name: str) -> list[str]:
@@ -134,6 +174,11 @@ def test_machines_have_rules_each_by_its_link(make_guest: MakeGuest, lan: Lan) -
     assert resolve(one, "good.example") == [FAR4, FAR6]
     assert _web(one, FAR4, "good.example") == "answered"
     one.run("ip", "link", "set", "eth0", "down")
+    # As a VM, whose system may have asked the LAN for others than it was given.
+    network = f"bridge-{lan.interface}"
+    (member,) = (found for found, _ in Store().members(network) if found.name == "two")
+    Store().rewrite(network, replace(member, held=False))
+    manage.set_policy(network, Policy())
     two.run("ip", "addr", "del", "10.93.0.78/24", "dev", "eth0")
     two.run("ip", "addr", "add", _OWN[0], "dev", "eth0")
     two.run("ip", "route", "replace", "default", "via", PEER4)
