@@ -29,7 +29,7 @@ _ETH_IP = 0x0800
 _MTU = 1500
 _CLIENT, _SERVER = 68, 67
 _MAGIC = b"\x63\x82\x53\x63"
-_DISCOVER, _OFFER, _REQUEST, _ACK, _NAK = 1, 2, 3, 5, 6
+_DISCOVER, _OFFER, _REQUEST, _ACK, _NAK, _RELEASE = 1, 2, 3, 5, 6, 7
 _MASK, _ROUTER, _DNS, _NAME, _WANTED, _TIME, _KIND, _WHO, _ASKED = 1, 3, 6, 12, 50, 51, 53, 54, 55
 _WAITS_S = (0.7, 1.5, 3.0)
 _LEAST_S = 30.0
@@ -45,6 +45,7 @@ class Lease:
         nameservers: Who tells names.
         seconds: How long it holds.
         server: Who gave it.
+        by: The Ethernet address by which it is reached.
     """
 
     address: str
@@ -52,6 +53,24 @@ class Lease:
     nameservers: tuple[str, ...]
     seconds: int
     server: str
+    by: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way:
+    """From whom to whom a message goes.
+
+    Args:
+        source: The Ethernet address that it comes from.
+        to: Whose it goes to; everybody's, while nobody has the address yet.
+        address: The machine's, if it has one.
+        server: Likewise.
+    """
+
+    source: bytes
+    to: bytes = b"\xff" * 6
+    address: bytes = bytes(4)
+    server: bytes = b"\xff" * 4
 
 
 def _checksum(data: bytes) -> int:
@@ -61,16 +80,17 @@ def _checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def _frame(mac: bytes, number: bytes, options: list[tuple[int, bytes]], source: bytes) -> bytes:
-    # Asked for by broadcast: nobody has the address yet.
-    body = struct.pack(">BBBB4sHH16x16s192x", 1, 1, 6, 0, number, 0, 0x8000, mac.ljust(16, b"\0"))
+def _frame(mac: bytes, number: bytes, options: list[tuple[int, bytes]], way: _Way) -> bytes:
+    # Answers are to go to everybody, but for those to who has an address.
+    flags = 0 if any(way.address) else 0x8000
+    head = (1, 1, 6, 0, number, 0, flags, way.address, mac.ljust(16, b"\0"))
+    body = struct.pack(">BBBB4sHH4s12x16s192x", *head)
     body += _MAGIC + b"".join(bytes((kind, len(data))) + data for kind, data in options) + b"\xff"
     udp = struct.pack(">HHHH", _CLIENT, _SERVER, 8 + len(body), 0) + body
-    head = struct.pack(
-        ">BBHHHBBH4s4s", 0x45, 0x10, 20 + len(udp), 0, 0, 64, 17, 0, bytes(4), b"\xff" * 4
-    )
-    head = head[:10] + struct.pack(">H", _checksum(head)) + head[12:]
-    return b"\xff" * 6 + source + struct.pack(">H", _ETH_IP) + head + udp
+    size = 20 + len(udp)
+    ip = struct.pack(">BBHHHBBH4s4s", 0x45, 0x10, size, 0, 0, 64, 17, 0, way.address, way.server)
+    ip = ip[:10] + struct.pack(">H", _checksum(ip)) + ip[12:]
+    return way.to + way.source + struct.pack(">H", _ETH_IP) + ip + udp
 
 
 def _options(frame: bytes, mac: bytes, number: bytes) -> tuple[str, dict[int, bytes]] | None:
@@ -92,6 +112,9 @@ def _options(frame: bytes, mac: bytes, number: bytes) -> tuple[str, dict[int, by
         size = body[at + 1]
         found[body[at]] = body[at + 2 : at + 2 + size]
         at += 2 + size
+    if len(found.get(_WHO, b"1234")) != 4:
+        # A server that can't say who it is.
+        return None
     return str(ipaddress.IPv4Address(body[16:20])), found
 
 
@@ -106,7 +129,9 @@ class _Client:
         self._mac = bytes.fromhex(mac.replace(":", ""))
         self._name = name.encode()[:63]
         # Not the machine's: the bridge would send there what is for a machine that runs.
-        self._source = bytes.fromhex(derive_mac(mac, "asks").replace(":", ""))
+        source = bytes.fromhex(derive_mac(mac, "asks").replace(":", ""))
+        self._way = _Way(source=source)
+        self._by = self._way.to
         link = links.link_name("rfd", bridge, mac)
         (self._tap,) = links.add_tap(link, bridge, _MTU, headers=False)
 
@@ -118,13 +143,15 @@ class _Client:
         expected = [bytes((one,)) for one in ((_OFFER,) if kind == _DISCOVER else (_ACK, _NAK))]
         for wait_s in _WAITS_S:
             with suppress(OSError):
-                os.write(self._tap, _frame(self._mac, number, options, self._source))
+                os.write(self._tap, _frame(self._mac, number, options, self._way))
             deadline = time.monotonic() + wait_s
             while (left := deadline - time.monotonic()) > 0:
                 if not select.select([self._tap], [], [], left)[0]:
                     break
-                found = _options(os.read(self._tap, 2048), self._mac, number)
+                frame = os.read(self._tap, 2048)
+                found = _options(frame, self._mac, number)
                 if found is not None and found[1].get(_KIND, b"")[:1] in expected:
+                    self._by = frame[6:12]
                     return found
         return None
 
@@ -142,7 +169,16 @@ class _Client:
             nameservers=_each(options.get(_DNS, b"")),
             seconds=int.from_bytes(options.get(_TIME, b"\0\0\x0e\x10"), "big"),
             server=str(ipaddress.IPv4Address(options.get(_WHO, server))),
+            by=self._by,
         )
+
+    def release(self, lease: Lease) -> None:
+        own = ipaddress.IPv4Address(lease.address.partition("/")[0]).packed
+        server = ipaddress.IPv4Address(lease.server).packed
+        way = _Way(source=self._way.source, to=lease.by, address=own, server=server)
+        options = [(_KIND, bytes((_RELEASE,))), (_WHO, server)]
+        with suppress(OSError):
+            os.write(self._tap, _frame(self._mac, secrets.token_bytes(4), options, way))
 
     def close(self) -> None:
         os.close(self._tap)
@@ -193,5 +229,11 @@ class Renewal:
                 wait_s = max(_LEAST_S, (again.seconds if again else self._lease.seconds / 4) / 2)
 
     def close(self) -> None:
-        """Lets it go."""
+        """Gives it back: a LAN of many short machines would have no address left."""
         self._ended.set()
+        with suppress(HostError):
+            client = _Client(*self._asked)
+            try:
+                client.release(self._lease)
+            finally:
+                client.close()

@@ -98,7 +98,9 @@ def test_a_text_is_one_rule_and_not_its_letters() -> None:
 
 def test_damaged_answers_of_a_lan_are_nobodys() -> None:
     mac, number = bytes.fromhex("020000000001"), b"\1\2\3\4"
-    frame = bytearray(dhcp._frame(mac, number, [(53, b"\2"), (54, bytes(4))], mac))
+    frame = bytearray(
+        dhcp._frame(mac, number, [(53, b"\2"), (54, bytes(4))], dhcp._Way(source=mac))
+    )
     frame[34:38] = b"\0\x43\0\x44"
     frame[42] = 2
     found = dhcp._options(bytes(frame), mac, number)
@@ -111,3 +113,7 @@ def test_damaged_answers_of_a_lan_are_nobodys() -> None:
             damaged[chance.randrange(len(damaged))] = chance.randrange(256)
         dhcp._options(bytes(damaged), mac, number)
     assert dhcp._options(bytes(frame), mac, b"\0\0\0\0") is None
+    # A server that says who it is in three bytes.
+    short = dhcp._frame(mac, number, [(53, b"\2"), (54, bytes(3))], dhcp._Way(source=mac))
+    short = short[:34] + frame[34:38] + short[38:42] + b"\2" + short[43:]
+    assert dhcp._options(short, mac, number) is None
