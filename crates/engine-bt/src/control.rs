@@ -82,7 +82,7 @@ impl Core {
     pub(crate) fn read_control(&self, number: usize) -> Result<u64, Stop> {
         match number {
             0 => Ok(self.sys.cr0),
-            2 => Ok(self.sys.cr2),
+            2 => Ok(self.hot().cr2),
             3 => Ok(self.sys.cr3),
             4 => Ok(self.sys.cr4),
             8 => Ok(u64::from(self.apic.as_ref().map_or_else(
@@ -97,7 +97,7 @@ impl Core {
         match number {
             0 => self.write_cr0(value),
             2 => {
-                self.sys.cr2 = value;
+                self.hot_mut().cr2 = value;
                 Ok(())
             }
             3 => self.write_cr3(value),

@@ -218,10 +218,10 @@ impl Core {
     }
 
     fn on_step(&mut self) -> Result<u64, Stop> {
-        let (_, site) = self.site_argument()?;
+        let (block, site) = self.site_argument()?;
         self.take_back(&site, site.held_at_start.into());
         self.set_rip_in_page(site.guest);
-        self.step()?;
+        self.step_in(block.key.gpa)?;
         self.go_on()
     }
 

@@ -44,7 +44,7 @@ impl Core {
         loop {
             self.remote.counters.exceptions.bump();
             if current.vector == vector::PAGE {
-                self.sys.cr2 = current.address;
+                self.hot_mut().cr2 = current.address;
             }
             match self.deliver(current.vector, current.error, Source::Exception) {
                 Err(Stop::Fault(next)) => current = escalate(current, next)?,

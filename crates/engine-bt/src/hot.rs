@@ -116,6 +116,7 @@ pub(crate) struct Hot {
     pub fault_pc: u64,
     pub fault_signal: u64,
     pub fault_address: u64,
+    pub cr2: u64,
     /// Guest vector registers while Rust runs.
     pub ymm: [[u64; 4]; 16],
     /// The end of one page beside the start of the next.

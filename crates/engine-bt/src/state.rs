@@ -30,6 +30,7 @@ impl Core {
     /// The whole state.
     pub(crate) fn save(&mut self) -> VcpuState {
         let mut sregs = self.sys;
+        sregs.cr2 = self.hot().cr2;
         for index in 0..6 {
             sregs.segments[index].base = self.segment_base(index);
         }
@@ -91,6 +92,7 @@ impl Core {
         }
         self.sys = state.sregs;
         self.sys.cr0 |= CR0_ET;
+        self.hot_mut().cr2 = state.sregs.cr2;
         for (index, segment) in state.sregs.segments.iter().enumerate() {
             self.hot_mut().seg_base[index] = segment.base;
         }
@@ -158,7 +160,7 @@ impl Core {
             (Some((vector, error)), _) => Some(Injected::Exception(Fault {
                 vector,
                 error,
-                address: self.sys.cr2,
+                address: self.hot().cr2,
             })),
             (None, Some(vector)) => Some(Injected::Interrupt(vector)),
             (None, None) => None,
@@ -198,6 +200,7 @@ impl Core {
             ..Segment::default()
         };
         self.sys = sys;
+        self.hot_mut().cr2 = 0;
         self.cpl = 0;
         let signature = self
             .cpuid

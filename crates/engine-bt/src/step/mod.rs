@@ -32,7 +32,12 @@ use crate::core::flag;
 use crate::fault::Fault;
 use crate::fault::Stop;
 use crate::fault::vector;
+use crate::ram::read_raw;
+use crate::translate::PAGE_BYTES;
 use crate::walk::Access;
+
+/// Longest instruction.
+const MAX_BYTES: usize = 15;
 
 /// What follows an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,17 +63,40 @@ impl Core {
     pub(crate) fn step(&mut self) -> Result<(), Stop> {
         self.remote.counters.steps.bump();
         let linear = self.linear_rip(self.rip);
-        let mut bytes = [0; 15];
+        let mut bytes = [0; MAX_BYTES];
         let fetched = self.fetch(linear, &mut bytes)?;
+        self.step_bytes(linear, &bytes[..fetched])
+    }
+
+    /// As [`Self::step`] for code that was translated: it is known to lie in the page at `gpa`.
+    pub(crate) fn step_in(&mut self, gpa: u64) -> Result<(), Stop> {
+        let linear = self.linear_rip(self.rip);
+        let inside = linear % PAGE_BYTES as u64;
+        let whole = inside + MAX_BYTES as u64 <= PAGE_BYTES as u64;
+        let host = self.shared.ram.host(gpa + inside, MAX_BYTES as u64);
+        let Some(host) = host.filter(|_| whole) else {
+            return self.step();
+        };
+        self.remote.counters.steps.bump();
+        let mut bytes = [0; MAX_BYTES];
+        // SAFETY: bytes of RAM.
+        #[expect(unsafe_code, reason = "guest memory is reached by pointer")]
+        unsafe {
+            read_raw(host, &mut bytes);
+        }
+        self.step_bytes(linear, &bytes)
+    }
+
+    fn step_bytes(&mut self, linear: u64, bytes: &[u8]) -> Result<(), Stop> {
         let options = decoder_options(self.shared.host.amd);
-        let mut decoder = Decoder::with_ip(self.mode.bits(), &bytes[..fetched], self.rip, options);
+        let mut decoder = Decoder::with_ip(self.mode.bits(), bytes, self.rip, options);
         let instruction = decoder.decode();
         if instruction.is_invalid() {
             let truncated = decoder.last_error() == DecoderError::NoMoreBytes;
-            if truncated && fetched < 15 {
+            if truncated && bytes.len() < MAX_BYTES {
                 // The rest lies on a page that can't be fetched: that fault is the answer.
                 self.locate(
-                    linear.wrapping_add(fetched as u64),
+                    linear.wrapping_add(bytes.len() as u64),
                     Access::Fetch,
                     self.is_user(),
                 )?;

@@ -181,6 +181,12 @@ pub(crate) fn leaves(instruction: &Instruction) -> bool {
     )
 }
 
+/// A load of CR2 to a register that the processor has while generated code runs.
+fn reads_cr2(instruction: &Instruction) -> bool {
+    instruction.op1_register() == Register::CR2
+        && !matches!(instruction.op0_register(), Register::R10 | Register::R11)
+}
+
 /// System and string instructions that are emitted in place.
 fn inline_class(request: &Request<'_>, instruction: &Instruction) -> Option<Class> {
     use Mnemonic as M;
@@ -190,7 +196,8 @@ fn inline_class(request: &Request<'_>, instruction: &Instruction) -> Option<Clas
     let user = request.mode.is_user();
     let system = match instruction.mnemonic() {
         M::Cli | M::Sti | M::Swapgs | M::Sysretq => !user,
-        M::Pushfq => true,
+        M::Pushfq | M::Cld | M::Std => true,
+        M::Mov => !user && reads_cr2(instruction),
         M::Syscall => user,
         M::Rdtsc | M::Rdtscp => request.plain_tsc,
         _ => false,

@@ -1,5 +1,5 @@
 //! System instructions that are too frequent to call the monitor for: SYSCALL and SYSRET, CLI and
-//! STI, PUSHF, SWAPGS and RDTSC.
+//! STI, CLD and STD, PUSHF, SWAPGS, RDTSC, and what a page fault's handler asks first, CR2.
 //!
 //! What they change lies in [`crate::hot::Hot`]. SYSCALL and SYSRET leave a note there of what they did to
 //! the segment registers and the privilege level, which the monitor applies before it looks at
@@ -16,6 +16,7 @@ use crate::translate::asm::Mem;
 use crate::translate::asm::NZ;
 use crate::translate::asm::RAX;
 use crate::translate::asm::RCX;
+use crate::translate::asm::Reg;
 use crate::translate::asm::T0;
 use crate::translate::asm::T1;
 use crate::translate::asm::Z;
@@ -36,6 +37,9 @@ impl Emitter<'_> {
             Mnemonic::Swapgs => self.swapgs(),
             Mnemonic::Syscall => self.syscall(item),
             Mnemonic::Sysretq => self.sysret(item),
+            Mnemonic::Cld => self.asm.store_imm(Mem::gs(hot!(direction_flag)), 0),
+            Mnemonic::Std => self.std(),
+            Mnemonic::Mov => self.read_cr2(item),
             Mnemonic::Rdtsc => self.rdtsc(),
             _ => self.rdtscp(),
         }
@@ -63,6 +67,17 @@ impl Emitter<'_> {
         self.asm.load(T1, other);
         self.asm.store(base, T1);
         self.asm.store(other, T0);
+    }
+
+    fn std(&mut self) {
+        let down = i32::try_from(flag::DF).unwrap_or(0);
+        self.asm.store_imm(Mem::gs(hot!(direction_flag)), down);
+    }
+
+    fn read_cr2(&mut self, item: &Item) {
+        let number = item.instruction.op0_register().number();
+        let to = Reg(u8::try_from(number).unwrap_or(0));
+        self.asm.load(to, Mem::gs(hot!(cr2)));
     }
 
     fn rdtsc(&mut self) {
