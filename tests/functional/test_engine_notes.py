@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -70,6 +73,16 @@ def test_perf_finds_the_names_of_translated_code(monkeypatch: pytest.MonkeyPatch
         lines = Path(f"/tmp/perf-{pid}.map").read_text().splitlines()
     assert len(lines) > 10_000
     assert all(re.fullmatch(r"[0-9a-f]+ [0-9a-f]+ guest_\w+_[0-9a-f]+", line) for line in lines)
+
+
+def test_every_counter_is_described() -> None:
+    with Machine(engine="bt") as machine:
+        counters = machine.stats(engine_counters=True)["engine"]
+    assert isinstance(counters, dict)
+    page = (REPOSITORY / "docs/reference/bt-counters.md").read_text()
+    described = set(re.findall(r"`(\w+)`", page.partition("|---|---|")[2]))
+    assert described | {"code_bytes"} == set(counters)
+    assert counters["table_hits"] > counters["table_fills"] > 0
 
 
 def test_an_engine_that_translates_nothing_has_no_notes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ impl Core {
             return Err(Fault::general(0));
         }
         if let Some(place) = self.held(address, access, user) {
+            self.remote.counters.hits.bump();
             return Ok(place);
         }
         let found = self

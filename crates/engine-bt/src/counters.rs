@@ -59,7 +59,9 @@ counters! {
     cleared: "code_cache_cleared",
     /// Indirect transfers whose target had to be looked up.
     misses: "indirect_misses",
-    /// Table entries filled after a page walk.
+    /// Accesses of the monitor that a table's entry answered.
+    hits: "table_hits",
+    /// Those of the monitor and of generated code that a page walk answered.
     fills: "table_fills",
     /// Memory sites that went the slow way.
     slow_memory: "slow_memory_accesses",
