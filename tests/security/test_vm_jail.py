@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 THREADS = ["control", "vcpu", "timers", "devices"]
-ACTS = ["open", "execute", "connect", "map-code", "mount", "signal", "trace", "become-root"]
+ACTS = [
+    "open",
+    "execute",
+    "connect",
+    "map-code",
+    "mount",
+    "signal",
+    "trace",
+    "become-root",
+    "vhost",
+]
 
 
 @pytest.fixture

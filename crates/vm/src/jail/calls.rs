@@ -327,3 +327,46 @@ pub(super) fn of_control(needs: Needs) -> Rules {
     rules.allow_masked(libc::SYS_setsockopt, 2, WHOLE, SO_SNDBUF);
     rules
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// VHOST_SET_LOG_BASE, which has the kernel write at an address.
+    const UNWANTED: u64 = 0x4008_af04;
+
+    fn allows(rules: &Rules, request: u64) -> bool {
+        let by_value = format!("{:?}", rules.0.get(&libc::SYS_ioctl));
+        by_value.contains(&format!("value: {request} "))
+    }
+
+    fn all(vhost: bool) -> [Rules; 3] {
+        let needs = Needs {
+            vhost,
+            ..Needs::default()
+        };
+        [
+            of_thread(ThreadKind::Vcpu(0), needs),
+            of_thread(ThreadKind::Devices, needs),
+            of_control(needs),
+        ]
+    }
+
+    #[test]
+    fn vhost_net_is_asked_where_there_is_an_instance_alone() {
+        for rules in all(true) {
+            assert!(VHOST.iter().all(|&request| allows(&rules, request)));
+            assert!(!allows(&rules, UNWANTED));
+        }
+        let known = VHOST.iter().chain(VHOST_MAKE);
+        for rules in all(false) {
+            assert!(allows(&rules, TUNSETOFFLOAD));
+            assert!(!known.clone().any(|&request| allows(&rules, request)));
+        }
+        let [vcpu, devices, control] = all(true);
+        for &request in VHOST_MAKE {
+            let found = [&vcpu, &devices, &control].map(|rules| allows(rules, request));
+            assert_eq!(found, [false, false, true]);
+        }
+    }
+}
