@@ -97,8 +97,9 @@ def hold(lan: Lan, spec: NetworkSpec, members: Sequence[Member]) -> None:
         HostError: The kernel refuses.
         UnsupportedError: There is no nft.
     """
-    # By its link: a LAN's machine may have addresses that we don't know.
-    members = [one if one.held else dataclasses.replace(one, addresses=()) for one in members]
+    # By its link: a LAN's machine may have addresses that we don't know, IPv6 ones above all, which
+    # routers have it make.
+    members = [dataclasses.replace(one, addresses=_held(one)) for one in members]
     held = firewall.own_addresses(lan.table, members)
     egress.add_refusals(held, spec.name, rejects=False)
     held.counters = (*held.counters, "spoofed")
@@ -126,6 +127,10 @@ def hold(lan: Lan, spec: NetworkSpec, members: Sequence[Member]) -> None:
     held.chain("heard", heard, "type filter hook postrouting priority -10; policy accept;")
     _lead_up(held, machines)
     tables.write(held, _translate(lan, machines))
+
+
+def _held(member: Member) -> tuple[str, ...]:
+    return tuple(ip for ip in member.addresses if ":" not in ip) if member.held else ()
 
 
 def about_names(spec: NetworkSpec, member: Member) -> bool:

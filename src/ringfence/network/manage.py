@@ -186,8 +186,12 @@ def set_policy(name: str, policy: Policy) -> None:
         fresh = dataclasses.replace(spec, **policy.written())  # type: ignore[arg-type]
         mode = mode_of(fresh)
         mode.check(fresh)
-        store.write(fresh)
-        mode.settle(fresh, _living(store, name), _names(store, name))
+        with ExitStack() as undo:
+            undo.callback(mode.settle, spec, _living(store, name), _names(store, name))
+            undo.callback(store.write, spec)
+            store.write(fresh)
+            mode.settle(fresh, _living(store, name), _names(store, name))
+            undo.pop_all()
 
 
 def set_machine_policy(machine_id: str, policy: Policy) -> list[str]:

@@ -96,7 +96,7 @@ class Member:
         frames: Who moves a VM's frames between its card and the host's link: ``vhost-net`` or
             ``vm process``.
         routers: Its ways outside, on a LAN.
-        held: On a LAN, it may have no other addresses than these, of those versions.
+        held: On a LAN, it may have no other IPv4 address than this.
     """
 
     machine_id: str
