@@ -11,7 +11,8 @@ from ringfence.cli import network_traffic, output
 from ringfence.errors import RingfenceError, StateError
 from ringfence.machine.attached import AttachedMachine
 from ringfence.network import manage
-from ringfence.network.store import MODES, NetworkSpec, Store, name_of
+from ringfence.network.options import name_of
+from ringfence.network.store import MODES, NetworkSpec, Store
 
 if TYPE_CHECKING:
     import argparse

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ringfence.errors import ConfigError, ConflictError, GuestError, NotFoundError
 from ringfence.network import AttachOptions, LinkSpec, PublishedPort, Rate, attach
-from ringfence.network.store import name_of
+from ringfence.network.options import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from ringfence.errors import ConfigError, ConflictError, RingfenceError
 from ringfence.network import addresses, leases, links, user
-from ringfence.network.store import MODES, Member, NetworkSpec, Store, name_of
+from ringfence.network.options import name_of
+from ringfence.network.store import MODES, Member, NetworkSpec, Store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

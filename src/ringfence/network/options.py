@@ -14,12 +14,18 @@ from ringfence.network.policy import Policy
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["AttachOptions", "Kind", "LinkSpec", "PublishedPort", "Rate"]
+__all__ = ["AttachOptions", "Kind", "LinkSpec", "PublishedPort", "Rate", "name_of"]
 
 Kind = Literal["vm", "container"]
 
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _PUBLISH_HINT = "write [IP:]HOST:GUEST[/udp], such as 8080:80 or 0.0.0.0:5353:53/udp"
+
+
+def name_of(network: str) -> str:
+    """The name of a network that may be said as a mode: ``bridge:eth0`` is ``bridge-eth0``."""
+    mode, colon, rest = network.partition(":")
+    return f"{mode}-{rest}".replace("/", "_").replace(":", ".").rstrip("-") if colon else mode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ringfence.network.policy import Action
 
-__all__ = ["MODES", "Member", "NetworkSpec", "Store", "name_of"]
+__all__ = ["MODES", "Member", "NetworkSpec", "Store"]
 
 MODES = ("user", "isolated", "nat", "host-only", "routed", "bridge")
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,31}")
@@ -122,12 +122,6 @@ class Member:
         return Policy(
             allow=self.allow, deny=self.deny, default=self.default, resolve_all=self.resolve_all
         )
-
-
-def name_of(network: str) -> str:
-    """The name of a network that may be said as a mode: ``bridge:eth0`` is ``bridge-eth0``."""
-    mode, colon, rest = network.partition(":")
-    return f"{mode}-{rest}".replace("/", "_").replace(":", ".").rstrip("-") if colon else mode
 
 
 def _tuples(found: dict[str, object]) -> dict[str, object]:

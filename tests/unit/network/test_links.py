@@ -9,7 +9,8 @@ import pytest
 from ringfence.errors import ConfigError, ConflictError
 from ringfence.machine.options import spec_from
 from ringfence.network import AttachOptions, LinkSpec, Policy, dhcp, egress, leases
-from ringfence.network.store import Member, NetworkSpec, name_of
+from ringfence.network.options import name_of
+from ringfence.network.store import Member, NetworkSpec
 from ringfence.network.tables import Table
 
 _NET = NetworkSpec(
