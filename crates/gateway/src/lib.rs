@@ -32,6 +32,7 @@ mod policy;
 mod port;
 mod relay;
 mod segment;
+mod shares;
 mod slab;
 mod stream;
 mod switch;

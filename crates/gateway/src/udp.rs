@@ -17,6 +17,7 @@ use crate::events::Source;
 use crate::policy::Reason;
 use crate::policy::Transport;
 use crate::policy::Verdict;
+use crate::shares::Shares;
 use crate::slab::Id;
 use crate::slab::Slab;
 use crate::tcp::behind;
@@ -73,6 +74,7 @@ struct Publish {
 pub(crate) struct Udp {
     flows: Slab<Flow>,
     by_key: HashMap<Key, Id>,
+    shares: Shares<Id>,
     published: Slab<Publish>,
     swept: Instant,
     buffer: Vec<u8>,
@@ -83,6 +85,7 @@ impl Udp {
         Self {
             flows: Slab::default(),
             by_key: HashMap::new(),
+            shares: Shares::default(),
             published: Slab::default(),
             swept: now,
             buffer: vec![0; MAX_DATAGRAM],
@@ -136,9 +139,16 @@ impl Udp {
         }
     }
 
+    /// Whether a link may have one more flow.
+    fn has_room(&self, world: &mut World, port: Id) -> bool {
+        let several = world.ports.len() > 1;
+        let admitted = self.shares.admits(&port, world.limits.flows, several);
+        world.counters.limit_reached += u64::from(!admitted);
+        admitted
+    }
+
     fn open(&mut self, world: &mut World, key: Key) -> Result<Id, Unreachable> {
-        if self.flows.len() >= world.limits.flows {
-            world.counters.limit_reached += 1;
+        if !self.has_room(world, key.port) {
             return Err(Unreachable::Host);
         }
         let mut to = key.remote;
@@ -187,6 +197,7 @@ impl Udp {
         }
         world.counters.udp_flows += 1;
         self.by_key.insert(key, id);
+        self.shares.add(&key.port);
         Some(id)
     }
 
@@ -312,10 +323,7 @@ impl Udp {
         };
         let id = match self.by_key.get(&key) {
             Some(&id) => id,
-            None if self.flows.len() >= world.limits.flows => {
-                world.counters.limit_reached += 1;
-                return;
-            }
+            None if !self.has_room(world, port) => return,
             None => match self.add(world, key, Via::Published { publish, peer }) {
                 Some(id) => id,
                 None => return,
@@ -343,8 +351,10 @@ impl Udp {
     }
 
     fn remove(&mut self, id: Id) {
-        if let Some(flow) = self.flows.remove(id) {
-            self.by_key.remove(&flow.key);
+        if let Some(flow) = self.flows.remove(id)
+            && self.by_key.remove(&flow.key).is_some()
+        {
+            self.shares.remove(&flow.key.port);
         }
     }
 

@@ -32,6 +32,7 @@ use crate::policy::Policy;
 use crate::policy::Reason;
 use crate::policy::Transport;
 use crate::policy::unwrapped;
+use crate::shares::Shares;
 use crate::slab::Id;
 use crate::slab::Slab;
 use crate::tcp::open_socket;
@@ -114,6 +115,7 @@ pub(crate) struct Relay {
     machines: HashMap<String, Machine>,
     by_address: HashMap<IpAddr, String>,
     pairs: Slab<Pair>,
+    shares: Shares<String>,
     ready: VecDeque<Id>,
     scratch: Vec<u8>,
 }
@@ -249,7 +251,8 @@ impl Relay {
     fn join(&mut self, world: &mut World, near: OwnedFd, name: String, to: SocketAddr) {
         // Until there is somebody behind it.
         reset_at_close(&near);
-        if self.pairs.len() >= world.limits.connections / 2 {
+        let limit = world.limits.connections / 2;
+        if !self.shares.admits(&name, limit, self.machines.len() > 1) {
             world.counters.limit_reached += 1;
             return;
         }
@@ -266,6 +269,7 @@ impl Relay {
         };
         let _ = sockopt::set_socket_linger(&near, None);
         let pair = Pair::new(near, far, (name, to), inspect);
+        self.shares.add(&pair.machine);
         let id = self.pairs.insert(pair);
         let Some(pair) = self.pairs.get(id) else {
             return;
@@ -277,7 +281,7 @@ impl Relay {
             .events
             .watch_edges(pair.far.fd(), Source::RelayFar, id);
         if near.is_err() || far.is_err() {
-            self.pairs.remove(id);
+            self.finish(world, id, true);
             world.counters.tcp_failed += 1;
             return;
         }
@@ -378,6 +382,7 @@ impl Relay {
 
     fn finish(&mut self, world: &mut World, id: Id, reset: bool) {
         if let Some(pair) = self.pairs.remove(id) {
+            self.shares.remove(&pair.machine);
             pair.close(&mut world.budget, reset);
             world.counters.tcp_reset += u64::from(reset);
         }

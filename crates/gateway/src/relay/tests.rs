@@ -202,3 +202,31 @@ fn a_door_is_its_machines_alone_and_goes_with_it() {
     assert!(gateway.relay.doors().is_empty());
     assert!(TcpStream::connect(at).is_err(), "closed");
 }
+
+#[test]
+fn one_machine_leaves_others_connections() {
+    let document = json!({
+        "version": 1, "name": "n", "mac": "02:00:00:00:00:01", "limits": {"connections": 8},
+    });
+    let config = config::parse(document.to_string().as_bytes()).expect("a document");
+    let mut gateway = Gateway::new(&config, &mut Fds::default()).expect("a gateway");
+    let machines = json!([{"name": "greedy"}, {"name": "other"}]);
+    let machines: Vec<_> = serde_json::from_value(machines).expect("machines");
+    set_machines(&mut gateway, &machines);
+    let server = TcpListener::bind("127.0.0.1:0").expect("a server");
+    let to = server.local_addr().expect("bound");
+    let door = TcpListener::bind("127.0.0.1:0").expect("a door");
+    let mut guests = Vec::new();
+    let mut join = |name: &str| {
+        guests.push(TcpStream::connect(door.local_addr().expect("bound")).expect("connected"));
+        let (near, _) = door.accept().expect("a connection");
+        let relay = &mut gateway.relay;
+        relay.join(&mut gateway.world, near.into(), name.to_owned(), to);
+        relay.len()
+    };
+    // Each has a socket on either side: four are passed on.
+    assert_eq!([join("greedy"), join("greedy"), join("greedy")], [1, 2, 2]);
+    assert_eq!([join("other"), join("other"), join("greedy")], [3, 3, 3]);
+    set_machines(&mut gateway, &machines[1..]);
+    assert_eq!(gateway.relay.len(), 1);
+}

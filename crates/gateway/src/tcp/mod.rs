@@ -34,6 +34,7 @@ use crate::events::Source;
 use crate::policy::Reason;
 use crate::policy::Transport;
 use crate::policy::Verdict;
+use crate::shares::Shares;
 use crate::slab::Id;
 use crate::slab::Slab;
 use crate::wire::TcpFlags;
@@ -49,6 +50,7 @@ const TURN: usize = 256;
 #[derive(Debug, Default)]
 pub(crate) struct Tcp {
     connections: Slab<Connection>,
+    shares: Shares<Id>,
     by_key: HashMap<Key, Id>,
     ready: VecDeque<Id>,
     timers: BinaryHeap<Reverse<(Instant, Id)>>,
@@ -223,10 +225,18 @@ impl Tcp {
         }
     }
 
+    /// Whether a link may have one more connection.
+    fn has_room(&self, world: &mut World, port: Id) -> bool {
+        let several = world.ports.len() > 1;
+        let limit = world.limits.connections;
+        let admitted = self.shares.admits(&port, limit, several);
+        world.counters.limit_reached += u64::from(!admitted);
+        admitted
+    }
+
     /// Opens what a guest's SYN asks for.
     fn open(&mut self, world: &mut World, key: Key, segment: &TcpSegment<'_>) -> Result<(), ()> {
-        if self.connections.len() >= world.limits.connections {
-            world.counters.limit_reached += 1;
+        if !self.has_room(world, key.port) {
             return Err(());
         }
         let (target, inspect) = Self::target(world, key).map_err(|reason| {
@@ -270,6 +280,7 @@ impl Tcp {
             return Err(());
         }
         self.by_key.insert(key, id);
+        self.shares.add(&key.port);
         world.counters.tcp_opened += 1;
         self.touch(id);
         Ok(())
@@ -283,8 +294,7 @@ impl Tcp {
         (port, guest): (Id, SocketAddr),
         peer: SocketAddr,
     ) {
-        if self.connections.len() >= world.limits.connections {
-            world.counters.limit_reached += 1;
+        if !self.has_room(world, port) {
             return;
         }
         let _ = sockopt::set_tcp_nodelay(&socket, true);
@@ -370,7 +380,9 @@ impl Tcp {
         let Some(mut connection) = self.connections.remove(id) else {
             return;
         };
-        self.by_key.remove(&connection.key);
+        if self.by_key.remove(&connection.key).is_some() {
+            self.shares.remove(&connection.key.port);
+        }
         if fate == Fate::Reset {
             connection.send_reset(world);
             world.counters.tcp_reset += 1;
