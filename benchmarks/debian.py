@@ -95,7 +95,7 @@ def commands() -> list[str]:
     # The host's files are in memory by then, and the disk isn't what is measured.
     files = "/usr/bin/python3 /lib/x86_64-linux-gnu/*.so* /usr/bin/sqlite3 /usr/bin/xz /bin/sh"
     lines = {
-        "warm": f"cat {files} > /dev/null; find /usr/lib/python3* -name '*.pyc' -exec cat {{}} + > /dev/null",
+        "warm": f"cat {files} > /dev/null; find /usr/lib/python3* -type f -exec cat {{}} + > /dev/null",
         "python-import": "python3 -c 'import json, asyncio, decimal'",
         "python-loop": f"python3 /bench/loop.py {quiet}",
         "gcc": "gcc -O2 -c -o /tmp/functions.o /bench/functions.c",
