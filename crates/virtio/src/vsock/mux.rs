@@ -253,11 +253,13 @@ impl Mux {
             connection.pass_on_end();
         }
         connection.readable |= connection.may_send();
-        if is_hung_up(&connection.stream) && !connection.may_send() {
-            connection.host_is_gone();
-            // Nothing more can come of it; its hang-up would be reported without end.
+        if is_hung_up(&connection.stream) {
+            // It would be reported without end. What is left of its bytes waits for the guest's credit.
             events.remove(&connection.stream);
-            connection.readable = false;
+            if !connection.may_send() {
+                connection.host_is_gone();
+                connection.readable = false;
+            }
         }
         self.settle(events, token);
     }
@@ -379,6 +381,11 @@ impl Mux {
             }
             (op::SHUTDOWN, State::Established) => {
                 connection.guest_shuts(header.flags);
+                // One that hung up before isn't heard of again.
+                if is_hung_up(&connection.stream) && !connection.may_send() {
+                    connection.host_is_gone();
+                    connection.readable = false;
+                }
                 true
             }
             (op::CREDIT_UPDATE, _) => true,
@@ -514,6 +521,9 @@ fn pull(connection: &mut Connection, payload: &mut ChainWriter<'_>) -> Option<u3
         Pull::End => {
             connection.readable = false;
             connection.host_ended();
+            if is_hung_up(&connection.stream) {
+                connection.host_is_gone();
+            }
             None
         }
     }

@@ -377,6 +377,30 @@ fn a_host_program_that_goes_away_shuts_both_ways() {
     assert_eq!(guest.driver.events.run_once(0).expect("loop"), 0);
 }
 
+// Found by fuzzing: the hang-up was reported without end, and the devices' thread did nothing else.
+#[test]
+fn a_host_program_that_goes_away_waits_for_credit_in_silence() {
+    let mut guest = Guest::new();
+    let (mut stream, host) = guest.connect_in(1);
+    let none = Header {
+        buffer: 0,
+        ..guest.packet(op::CREDIT_UPDATE, host, 1)
+    };
+    guest.send(none, &[]);
+    stream.write_all(b"last words").expect("still open");
+    drop(stream);
+    guest.driver.run();
+    assert_eq!(guest.driver.events.run_once(0).expect("loop"), 0);
+    guest.send(guest.packet(op::CREDIT_UPDATE, host, 1), &[]);
+    assert_eq!(guest.expect(op::RW).1, b"last words");
+    let mut flags = 0;
+    while let Some((header, _)) = guest.next() {
+        assert_eq!(header.op, op::SHUTDOWN);
+        flags = header.flags;
+    }
+    assert_eq!(flags, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+}
+
 // §5.10.6.5: packets for no connection are answered with RST, and RST never is.
 #[test]
 fn packets_for_no_connection_are_reset() {
