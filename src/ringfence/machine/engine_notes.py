@@ -40,7 +40,7 @@ class EngineNotes:
         self._perf_map: Path | None = None
         fds: dict[str, int] = {}
         trace = os.environ.get(_TRACE)
-        perf = os.environ.get(_PERF, "0") != "0"
+        perf = os.environ.get(_PERF, "") not in ("", "0")
         if (trace or perf) and engine != "bt":
             message = (
                 f"{_TRACE if trace else _PERF} is set, and the engine {engine} translates nothing"

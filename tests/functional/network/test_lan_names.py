@@ -17,7 +17,12 @@ from ringfence.network.store import NetworkSpec, Store
 from tests.framework.lan import FAR4, FAR6, HOST4, HOST6, PEER4, PEER6, Lan, ip
 from tests.functional.network.test_killed import killed_anywhere
 from tests.functional.network.test_machines import _state, engine
-from tests.functional.network.test_names_seen import _MARKS, _RESET, _TLS, _WEB, _web
+from tests.functional.network.test_names_seen import (
+    _MARKS,
+    _RESET,
+    _web,
+    assert_names_decide,
+)
 from tests.functional.network.test_shared import pings
 from tests.functional.network.test_user import ask, ask_udp, resolve
 
@@ -68,13 +73,7 @@ def test_an_address_that_names_share_is_open_for_the_allowed_one_alone(
     assert resolve(one, "evil.example") == _REFUSED
     assert resolve(one, "good.example") == [FAR4, FAR6]
     for address, seen in ((FAR4, HOST4), (FAR6, HOST6)):
-        assert f"{seen} good.example" in ask(one, address, 80, _WEB.format("good.example"))
-        assert _web(one, address, "evil.example") == _RESET
-        for size in ("1", "30"):
-            assert one.python(_TLS, address, "good.example", size) == "answered"
-            assert one.python(_TLS, address, "evil.example", size) == _RESET
-        # Without any name.
-        assert ask(one, address, 80, "GET / HTTP/1.0\r\n\r\n") == _RESET
+        assert_names_decide(one, address, seen)
         # What isn't TCP is open by the address that was answered.
         assert pings(one, address)
         # QUIC hides it.

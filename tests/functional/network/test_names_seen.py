@@ -56,6 +56,17 @@ except OSError as error:
 """
 
 
+def assert_names_decide(guest: Namespace, address: str, seen: str) -> None:
+    """At a shared address good.example alone is open, by HTTP and TLS; ``seen`` is where from."""
+    assert f"{seen} good.example" in ask(guest, address, 80, _WEB.format("good.example"))
+    assert _web(guest, address, "evil.example") == _RESET
+    for size in ("1", "30"):
+        assert guest.python(_TLS, address, "good.example", size) == "answered"
+        assert guest.python(_TLS, address, "evil.example", size) == _RESET
+    # Without any name.
+    assert ask(guest, address, 80, "GET / HTTP/1.0\r\n\r\n") == _RESET
+
+
 @pytest.mark.parametrize("mode", ["nat", "routed"])
 def test_an_address_that_names_share_is_open_for_the_allowed_one_alone(
     make_guest: MakeGuest, peer: Peer, mode: str
@@ -68,13 +79,7 @@ def test_an_address_that_names_share_is_open_for_the_allowed_one_alone(
         seen_as = addresses_of(one)
     assert resolve(one, "good.example") == [peer.v4, peer.v6]
     for address, seen in zip((peer.v4, peer.v6), seen_as, strict=True):
-        assert f"{seen} good.example" in ask(one, address, 80, _WEB.format("good.example"))
-        assert _web(one, address, "evil.example") == _RESET
-        for size in ("1", "30"):
-            assert one.python(_TLS, address, "good.example", size) == "answered"
-            assert one.python(_TLS, address, "evil.example", size) == _RESET
-        # Without any name.
-        assert ask(one, address, 80, "GET / HTTP/1.0\r\n\r\n") == _RESET
+        assert_names_decide(one, address, seen)
         # QUIC hides it.
         assert ask_udp(one, address, 443) in ("OSError", "PermissionError")
     found = refusals(Store().find("named"))
