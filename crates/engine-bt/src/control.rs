@@ -173,6 +173,8 @@ impl Core {
         self.windows.flush_local();
         self.sys.cr3 = value;
         self.windows.select(self.current_tag());
+        let direct = self.windows.direct_mut();
+        self.direct.arrive(direct, value & PTE_ADDR);
         if !keep {
             self.remote.counters.flushes.bump();
             self.windows.flush_current();

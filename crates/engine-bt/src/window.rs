@@ -251,7 +251,6 @@ impl Windows {
             None => {
                 let slot = self.oldest();
                 self.flush_slot(slot);
-                self.slots[slot].direct.clear();
                 self.slots[slot].tag = Some(tag);
                 slot
             }

@@ -34,6 +34,7 @@ mod stub;
 use std::io;
 
 use maps::Maps;
+use pace::Experience;
 use pace::Pace;
 use space::Space;
 
@@ -55,6 +56,7 @@ pub(crate) struct Visits {
     holds: u32,
     /// An access that the guest is asked to make possible.
     missing: Option<Missing>,
+    experience: Experience,
 }
 
 /// What one window has for direct execution.
@@ -62,16 +64,22 @@ pub(crate) struct Visits {
 pub(crate) struct Direct {
     pub(crate) maps: Maps,
     pub(crate) pace: Pace,
+    /// Guest physical address of the address space's page tables.
+    root: u64,
     space: Option<Box<Space>>,
 }
 
-impl Direct {
-    /// The address space is another one, or empty: nothing of the old may be left.
-    pub(crate) fn clear(&mut self) {
-        self.maps.clear();
-        self.pace = Pace::default();
+impl Visits {
+    /// The current window is for the address space with these page tables.
+    pub(crate) fn arrive(&mut self, direct: &mut Direct, root: u64) {
+        if direct.root != root {
+            direct.root = root;
+            direct.pace.end(&mut self.experience);
+        }
     }
+}
 
+impl Direct {
     /// The space, made when there is none yet, showing what it should.
     fn enter(&mut self, spawner: &Spawner) -> io::Result<&mut Space> {
         if self.space.is_none() {

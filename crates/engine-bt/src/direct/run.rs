@@ -142,7 +142,8 @@ impl Core {
 
     /// A block of user code had to be translated.
     pub(crate) fn note_user_translation(&mut self) {
-        if self.windows.direct_mut().pace.note_translation() {
+        let pace = &mut self.windows.direct_mut().pace;
+        if pace.note_translation(&self.direct.experience) {
             self.fast_stale = true;
         }
     }
@@ -220,7 +221,8 @@ impl Core {
     /// Takes a visit into account.
     fn judge(&mut self, ended: &Ended, filled: bool) {
         let pace = &mut self.windows.direct_mut().pace;
-        if (!filled || pace.judges_fill()) && pace.note_visit(ended.inside, ended.whole) {
+        let experience = &mut self.direct.experience;
+        if pace.note_visit(experience, ended.inside, ended.whole, filled) {
             self.fast_stale = true;
         }
     }
