@@ -150,7 +150,8 @@ class NestedHost:
     def _arguments(self, image: nested_image.Image, folder: Path) -> list[str]:
         command_line = (
             "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr "
-            f"PYTHON={os.path.realpath(sys.executable)} RUNNER={RUNNER.resolve()}"
+            f"PYTHON={os.path.realpath(sys.executable)} RUNNER={RUNNER.resolve()} "
+            f"REPOSITORY={RUNNER.resolve().parents[2]}"
         )
         return [
             *("-machine", "q35,accel=tcg,memory-backend=ram", "-cpu", self._processor),

@@ -50,6 +50,13 @@ for place in tmp run var/tmp dev/shm; do
     /bin/busybox mkdir -p /root/$place
     /bin/busybox mount -t tmpfs -o mode=1777 tmp /root/$place
 done
+if ! [ -e "/root$RUNNER" ]; then
+    # The repository is in one of these.
+    /bin/busybox mkdir -p "/root$REPOSITORY" /layer/repository/upper /layer/repository/work
+    /bin/busybox mount -t overlay \
+        -o "lowerdir=/outer$REPOSITORY,upperdir=/layer/repository/upper,workdir=/layer/repository/work" \
+        repository "/root$REPOSITORY"
+fi
 /bin/busybox mkdir -p /root/dev/pts
 /bin/busybox mount -t devpts pts /root/dev/pts
 /bin/busybox ip link set lo up
