@@ -21,6 +21,7 @@
 //! A trap costs some microseconds, so only code that has used its vCPU for some time runs this way,
 //! and only while it doesn't trap too often ([`Pace`]). All the rest is translated as ever.
 
+mod clean;
 mod filter;
 mod maps;
 mod pace;
@@ -33,6 +34,7 @@ mod stub;
 
 use std::io;
 
+use clean::Clean;
 use maps::Maps;
 use pace::Experience;
 use pace::Pace;
@@ -57,6 +59,7 @@ pub(crate) struct Visits {
     /// An access that the guest is asked to make possible.
     missing: Option<Missing>,
     experience: Experience,
+    clean: Clean,
 }
 
 /// What one window has for direct execution.

@@ -471,14 +471,21 @@ impl Core {
 
     /// Reads a page of code and what its neighbours add to it, and searches it; nothing when what
     /// begins on the page before may have to trap.
-    fn search(&self, page: u64, host: u64, code: &mut Code) -> Option<Found> {
+    fn search(&mut self, page: u64, host: u64, code: &mut Code) -> Option<Found> {
         const START: usize = scan::LEAD;
         const END: usize = scan::LEAD + PAGE_BYTES;
         // SAFETY: a page of RAM.
         unsafe { read_raw(host, &mut code.0[START..END]) };
         let behind = self.read_code((page + 1) * PAGE, &mut code.0[END..]);
         let before = (page * PAGE).wrapping_sub(scan::LEAD as u64);
-        let first = if self.read_code(before, &mut code.0[..START]) {
+        let before = self.read_code(before, &mut code.0[..START]);
+        let first = if before { 0 } else { START };
+        let end = if behind { code.0.len() } else { END };
+        let digest = self.direct.clean.digest(&code.0[first..end], START - first);
+        if self.direct.clean.has(digest) {
+            return Some(Found::default());
+        }
+        if before {
             // The page before may have been shown when this one was another.
             let seam = START - scan::TAIL..START;
             let found = scan::search(&code.0[..START + scan::TAIL], seam);
@@ -486,15 +493,12 @@ impl Core {
             if found.unclear || found.places.iter().any(reaches) {
                 return None;
             }
-            0
-        } else {
-            START
-        };
-        let end = if behind { code.0.len() } else { END };
-        Some(scan::search(
-            &code.0[first..end],
-            START - first..END - first,
-        ))
+        }
+        let found = scan::search(&code.0[first..end], START - first..END - first);
+        if found.is_nothing() {
+            self.direct.clean.add(digest);
+        }
+        Some(found)
     }
 
     /// Reads code of one page where user code could run it.
