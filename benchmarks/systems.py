@@ -92,7 +92,7 @@ def parse(text: str) -> list[Timed]:
 
 
 def native(commands: Sequence[str], root: Path | None = None) -> Outcome:
-    """Runs the commands on the host.
+    """Runs the commands on the host, in the environment that they have in a guest.
 
     Args:
         commands: As for :func:`benchmarks.programs.initramfs`; ``/bench`` stands for the programs.
@@ -107,7 +107,7 @@ def native(commands: Sequence[str], root: Path | None = None) -> Outcome:
         start = time.monotonic()
         done = subprocess.run(
             [built["init"], "--native", root or "/", file.name],
-            capture_output=True, text=True, check=True,
+            capture_output=True, text=True, check=True, env={},
         )  # fmt: skip
     return Outcome(
         timed=parse(done.stdout), whole_s=time.monotonic() - start, text=done.stdout + done.stderr
