@@ -67,14 +67,33 @@ impl Core {
         }
     }
 
-    /// Traps when the instruction that just completed touched watched data.
-    pub(crate) fn check_data_breakpoints(&mut self) -> Result<(), Stop> {
-        let touched = std::mem::take(&mut self.touched);
-        if touched.is_empty() {
+    /// Executes an instruction and traps when it touched watched data. A load of SS delays that until
+    /// the next instruction is complete, which may have led into a handler (SDM 3A §6.8.3).
+    pub(crate) fn step_watched(&mut self) -> Result<(), Stop> {
+        let stepped = self.step();
+        if stepped.is_err() {
+            // A fault is all that is heard of its instruction.
+            self.touched.clear();
+            return stepped;
+        }
+        if self.shadow {
             return Ok(());
         }
-        let hits = self
-            .enabled_breakpoints()
+        let hits = self.take_data_hits();
+        if hits == 0 {
+            return Ok(());
+        }
+        self.sys.dr6 |= hits;
+        self.interrupt(vector::DEBUG, crate::event::Source::External)
+    }
+
+    /// Breakpoints, as bits of DR6, whose data has been touched since they were last taken.
+    pub(crate) fn take_data_hits(&mut self) -> u64 {
+        let touched = std::mem::take(&mut self.touched);
+        if touched.is_empty() {
+            return 0;
+        }
+        self.enabled_breakpoints()
             .filter(|&(_, kind, start, len)| {
                 touched.iter().any(|access| {
                     let wanted = kind == ON_ACCESS || (kind == ON_WRITE && access.write);
@@ -83,11 +102,6 @@ impl Core {
                     wanted && before && after
                 })
             })
-            .fold(0, |hits, (number, ..)| hits | 1 << number);
-        if hits == 0 {
-            return Ok(());
-        }
-        self.sys.dr6 |= hits;
-        self.interrupt(vector::DEBUG, crate::event::Source::External)
+            .fold(0, |hits, (number, ..)| hits | 1 << number)
     }
 }

@@ -55,6 +55,10 @@ impl Core {
 
     /// Delivers an interrupt; a fault on the way is raised instead.
     pub(crate) fn interrupt(&mut self, number: u8, source: Source) -> Result<(), Stop> {
+        if number == vector::DEBUG {
+            // One exception tells of all that it could.
+            self.touched.clear();
+        }
         match self.deliver(number, None, source) {
             Err(Stop::Fault(fault)) if source == Source::External => self.raise(fault),
             other => other,

@@ -15,9 +15,28 @@ use crate::crash;
 use crate::event::Source;
 use crate::fault::Stop;
 use crate::fault::vector;
+use crate::remote::Remote;
 use crate::remote::request;
 use crate::signal::ThreadGuard;
 use crate::signal::set_gs_base;
+
+/// A vCPU that uses its tables: others wait for it to serve what they ask. However that ends, also
+/// by a panic, they don't wait any longer.
+struct Inside(Arc<Remote>);
+
+impl Inside {
+    fn new(remote: Arc<Remote>) -> Self {
+        remote.set_inside(true);
+        Self(remote)
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        crash::note_vcpu(None);
+        self.0.set_inside(false);
+    }
+}
 
 impl Core {
     /// Enters generated code at host address `pc`.
@@ -63,12 +82,11 @@ impl Core {
         self.gs_base = 0;
         self.sync_gs();
         self.load_fpu();
-        self.remote.set_inside(true);
+        let inside = Inside::new(Arc::clone(&self.remote));
         self.serve_awaited();
         crash::note_vcpu(Some(self.hot()));
         let result = body(self);
-        crash::note_vcpu(None);
-        self.remote.set_inside(false);
+        drop(inside);
         self.save_fpu();
         result
     }
@@ -107,7 +125,7 @@ impl Core {
         }
         if self.shadow || self.step_once {
             self.step_once = false;
-            return self.step();
+            return self.step_watched();
         }
         if self.mode.is_stepped() {
             return self.step_debugged();
@@ -236,8 +254,7 @@ impl Core {
         }
         self.check_instruction_breakpoints(linear)?;
         self.resumed_at = None;
-        self.step()?;
-        self.check_data_breakpoints()?;
+        self.step_watched()?;
         let linear = self.linear_rip(self.rip);
         let stop = if self.breakpoints.contains(&linear) {
             self.resumed_at = Some(linear);

@@ -384,12 +384,15 @@ impl Core {
         self.mode_changed();
     }
 
-    /// A return to an outer level nulls data segments that it may not use (SDM 3A §5.8.3).
+    /// A return to an outer level nulls data segments that it may not use, and all of a null selector
+    /// (SDM 3A §5.8.3, SDM 2A, IRET).
     pub(crate) fn drop_privileged_segments(&mut self) {
         for index in [ES, DS, FS, GS] {
             let segment = self.sys.segments[index];
             let conforming = is_code(&segment) && is_conforming(&segment);
-            if segment.access & ACCESS_UNUSABLE == 0 && segment.dpl() < self.cpl && !conforming {
+            let usable = segment.access & ACCESS_UNUSABLE == 0;
+            let privileged = usable && segment.dpl() < self.cpl && !conforming;
+            if privileged || matches!(segment.selector, 1..=3) {
                 let base = self.segment_base(index);
                 let kept = if index == FS || index == GS { base } else { 0 };
                 let gone = Segment {

@@ -87,4 +87,64 @@ mod tests {
             wrong.join("\n")
         );
     }
+
+    /// Encodings of instructions: every opcode of every map, with prefixes and operands of each
+    /// kind. Bytes that are none are among them.
+    fn encodings() -> impl Iterator<Item = Vec<u8>> {
+        const PREFIXES: [&[u8]; 8] = [
+            &[],
+            &[0x66],
+            &[0x67],
+            &[0xf2],
+            &[0xf3],
+            &[0x64],
+            &[0xf0],
+            &[0x66, 0xf3],
+        ];
+        // Legacy maps, and VEX with and without W and L.
+        const MAPS: [&[u8]; 10] = [
+            &[],
+            &[0x0f],
+            &[0x0f, 0x38],
+            &[0x0f, 0x3a],
+            &[0xc5, 0xf9],
+            &[0xc4, 0xe1, 0x7c],
+            &[0xc4, 0xe2, 0x79],
+            &[0xc4, 0xe2, 0xfd],
+            &[0xc4, 0xe3, 0x79],
+            &[0xc4, 0xe3, 0xfd],
+        ];
+        let operands = (0..8).flat_map(|extension| {
+            // A register; memory by EBX, by a base with index and displacement, by one alone.
+            [0xc1, 0x03, 0x84, 0x05].map(|form| form | extension << 3)
+        });
+        PREFIXES.iter().flat_map(move |prefix| {
+            let operands = operands.clone();
+            MAPS.iter().flat_map(move |map| {
+                let operands = operands.clone();
+                (0..=255).flat_map(move |opcode| {
+                    operands.clone().map(move |operand| {
+                        let tail = [opcode, operand, 0x9d, 0x10, 0x20, 0x30, 0x40, 0x50];
+                        [*prefix, *map, &tail].concat()
+                    })
+                })
+            })
+        })
+    }
+
+    #[test]
+    fn every_instruction_of_every_mode_has_a_translation() {
+        for bits in [32, 64] {
+            for user in [true, false] {
+                let listing = Listing {
+                    bits,
+                    user,
+                    ..Listing::default()
+                };
+                for code in encodings() {
+                    assert!(!list_translation(&code, listing).is_empty());
+                }
+            }
+        }
+    }
 }

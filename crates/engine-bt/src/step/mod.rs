@@ -133,7 +133,7 @@ impl Core {
         let interrupted = flow == Flow::Jumped && rules::is_interrupt(instruction);
         if trap && !self.shadow && !interrupted {
             const DR6_SINGLE_STEP: u64 = 1 << 14;
-            self.sys.dr6 |= DR6_SINGLE_STEP;
+            self.sys.dr6 |= DR6_SINGLE_STEP | self.take_data_hits();
             self.raise_trap(vector::DEBUG)?;
         }
         Ok(())

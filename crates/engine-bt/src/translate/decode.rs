@@ -18,6 +18,7 @@ use crate::step::is_emulated;
 use crate::step::is_hint;
 use crate::translate::PAGE_BYTES;
 use crate::translate::Request;
+use crate::translate::rename::general_form;
 use crate::translate::rename::mentions;
 use crate::translate::straddle;
 
@@ -246,7 +247,14 @@ pub(crate) fn classify(
         (Code::Jmp_rm32, Code::Call_rm32)
     };
     match instruction.flow_control() {
-        FlowControl::Next => classify_plain(instruction, info, wide),
+        FlowControl::Next => match classify_plain(instruction, info, wide) {
+            Class::Copy | Class::Memory { .. } | Class::BitString { .. }
+                if !wide && !is_in_64bit_code(instruction) =>
+            {
+                Class::Step
+            }
+            class => class,
+        },
         FlowControl::UnconditionalBranch if direct => Class::Jump,
         FlowControl::IndirectBranch if instruction.code() == jump => {
             indirect(instruction, Class::JumpIndirect)
@@ -269,6 +277,11 @@ pub(crate) fn classify(
         }
         _ => Class::Step,
     }
+}
+
+/// Whether 64-bit code has such an instruction.
+fn is_in_64bit_code(instruction: &Instruction) -> bool {
+    general_form(instruction).op_code().mode64()
 }
 
 /// An indirect transfer's class, unless its memory operand can't be encoded.
