@@ -55,6 +55,7 @@ macro_rules! suite {
                 popf_in_user_mode_keeps_if_and_iopl
                 the_guests_execution_breakpoints_fault
                 the_guests_data_breakpoints_trap
+                a_load_of_ss_delays_a_data_breakpoint
                 general_detect_guards_the_debug_registers
             }
             cpuid {
@@ -176,6 +177,7 @@ macro_rules! suite {
                 two_level_paging_translates
                 compatibility_mode_has_segment_bases
                 compatibility_mode_has_segment_limits
+                compatibility_mode_has_instructions_of_its_own
             }
             msrs {
                 system_call_registers_hold_what_is_written
@@ -281,6 +283,7 @@ macro_rules! suite {
                 iret_to_nowhere_faults
                 iret_to_user_checks_the_stack_segment
                 iret_in_user_mode_keeps_if_and_iopl
+                a_return_to_ring_3_clears_null_selectors
                 iret_enters_32_bit_user_code
             }
             time {

@@ -279,6 +279,32 @@ pub fn the_guests_data_breakpoints_trap(bench: &Bench<'_>) {
     assert_eq!(guest.peek(layout::FRAMES), 7, "the write is done");
 }
 
+/// A load of SS holds a data breakpoint of its own back until the next instruction is complete.
+pub fn a_load_of_ss_delays_a_data_breakpoint(bench: &Bench<'_>) {
+    let mut guest = Guest::new(bench);
+    guest.poke(layout::FRAMES, u64::from(layout::KERNEL_DATA));
+    let values = guest.run_expecting(&[fault(DB)], |a| {
+        let mut after = a.create_label();
+        a.mov(rbx, layout::FRAMES)?;
+        a.mov(dr1, rbx)?;
+        // Accesses of 4 bytes, breakpoint 1.
+        a.mov(rax, 0x00f0_0408_u64)?;
+        a.mov(dr7, rax)?;
+        a.log_traps()?;
+        a.mov(ss, word_ptr(rbx))?;
+        a.inc(ecx)?;
+        a.set_label(&mut after)?;
+        a.mov(rax, dr6)?;
+        a.report(rax)?;
+        a.mov(eax, 0x400)?;
+        a.mov(dr7, rax)?;
+        a.lea(rax, ptr(after))?;
+        a.report(rax)
+    });
+    assert_eq!(values[0] & 0xf, 2, "B1");
+    assert_eq!(guest.faults()[0].rip, values[1]);
+}
+
 /// DR7.GD guards the debug registers.
 pub fn general_detect_guards_the_debug_registers(bench: &Bench<'_>) {
     let mut guest = Guest::new(bench);

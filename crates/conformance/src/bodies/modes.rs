@@ -252,3 +252,52 @@ pub fn compatibility_mode_has_segment_limits(bench: &Bench<'_>) {
     let values = in_compatibility_mode(bench, &[fault(GP)], &code);
     assert_eq!(values, [5]);
 }
+
+/// What 64-bit code doesn't have works in compatibility mode.
+pub fn compatibility_mode_has_instructions_of_its_own(bench: &Bench<'_>) {
+    let cases: [(&str, &[u8], u64); 8] = [
+        (
+            "stc; pushfd; pop eax; and eax, 1",
+            &[0xf9, 0x9c, 0x58, 0x83, 0xe0, 1],
+            1,
+        ),
+        (
+            "push 3; popfd; mov eax, 0; setc al",
+            &[0x6a, 3, 0x9d, 0xb8, 0, 0, 0, 0, 0x0f, 0x92, 0xc0],
+            1,
+        ),
+        (
+            "mov eax, 5; pushad; inc eax; popad",
+            &[0xb8, 5, 0, 0, 0, 0x60, 0x40, 0x61],
+            5,
+        ),
+        (
+            "mov eax, 5; pusha; inc eax; popa",
+            &[0xb8, 5, 0, 0, 0, 0x66, 0x60, 0x40, 0x66, 0x61],
+            5,
+        ),
+        (
+            "mov eax, 0x19; add al, 0x28; daa",
+            &[0xb8, 0x19, 0, 0, 0, 4, 0x28, 0x27],
+            0x47,
+        ),
+        ("mov eax, 37; aam", &[0xb8, 37, 0, 0, 0, 0xd4, 10], 0x307),
+        (
+            "mov eax, 5; add al, 2 (82)",
+            &[0xb8, 5, 0, 0, 0, 0x82, 0xc0, 2],
+            7,
+        ),
+        (
+            "mov eax, 9; push ss; pop eax; and eax, 3",
+            &[0xb8, 9, 0, 0, 0, 0x16, 0x58, 0x83, 0xe0, 3],
+            0,
+        ),
+    ];
+    for (text, code, expected) in cases {
+        assert_eq!(
+            in_compatibility_mode(bench, &[], code),
+            [expected],
+            "{text}"
+        );
+    }
+}

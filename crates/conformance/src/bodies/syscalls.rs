@@ -277,6 +277,22 @@ pub fn iret_in_user_mode_keeps_if_and_iopl(bench: &Bench<'_>) {
     assert_eq!(values, [3]);
 }
 
+/// A return to ring 3 clears null selectors whose lower bits are set.
+pub fn a_return_to_ring_3_clears_null_selectors(bench: &Bench<'_>) {
+    let mut guest = Guest::new(bench);
+    let values = guest.run(|a| {
+        a.mov(ecx, 3)?;
+        a.mov(es, ecx)?;
+        a.mov(eax, es)?;
+        a.report(rax)?;
+        a.enter_user()?;
+        a.mov(eax, es)?;
+        a.report(rax)?;
+        a.user_done()
+    });
+    assert_eq!(values, [3, 0]);
+}
+
 /// Ring 0 enters 32-bit code in ring 3, and an interrupt comes back to 64 bits.
 pub fn iret_enters_32_bit_user_code(bench: &Bench<'_>) {
     let mut guest = Guest::new(bench);

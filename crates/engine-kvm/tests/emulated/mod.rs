@@ -14,7 +14,7 @@ const CANONICAL: &str = "bases aren't checked for being canonical";
 const LIMITS: &str = "segment limits aren't checked";
 const RESERVED: &str = "page faults for reserved bits lack the present bit";
 
-const TCG: [Deviation; 22] = [
+const TCG: [Deviation; 23] = [
     deviation("exceptions::absent_gates_are_np", IDT_ERROR),
     deviation("exceptions::bad_gates_fault_with_what_is_bad", IDT_ERROR),
     deviation(
@@ -58,6 +58,10 @@ const TCG: [Deviation; 22] = [
     deviation(
         "control::general_detect_guards_the_debug_registers",
         "DR7.GD has no effect",
+    ),
+    deviation(
+        "control::a_load_of_ss_delays_a_data_breakpoint",
+        "a load of SS delays no debug exception",
     ),
     deviation("modes::compatibility_mode_has_segment_limits", LIMITS),
     deviation("modes::real_mode_checks_the_limit", LIMITS),
