@@ -127,11 +127,12 @@ fn common_interrupt(a: &mut Asm) -> Result<CodeLabel, IcedError> {
     a.push(rcx)?;
     a.push(rdx)?;
     a.mov(rcx, qword_ptr(rsp + 24))?;
-    a.lock().inc(qword_ptr(rcx * 8 + layout::IRQ_COUNTS))?;
     a.mov(eax, 1)?;
     a.lock().xadd(qword_ptr(layout::IRQ_LOG), rax)?;
     a.movzx(eax, al)?;
     a.mov(qword_ptr(rax * 8 + (layout::IRQ_LOG + 8)), rcx)?;
+    // Counted last: bodies wait for the count and then read the log.
+    a.lock().inc(qword_ptr(rcx * 8 + layout::IRQ_COUNTS))?;
     // An NMI has no end-of-interrupt.
     a.cmp(rcx, i32::from(NMI))?;
     a.je(leave)?;
