@@ -88,6 +88,7 @@ macro_rules! suite {
                 pages_written_before_are_logged_again
             }
             exceptions {
+                a_call_reads_its_target_before_it_pushes
                 division_faults_are_de
                 undefined_opcodes_are_ud
                 int3_is_a_trap

@@ -298,7 +298,18 @@ impl Core {
         self.take_back(&site, MAX_BORROWED);
         self.set_rip_in_page(site.guest);
         match site.kind {
-            SiteKind::Jump => self.undo_transfer(&block, &site),
+            SiteKind::Jump => {
+                let target = self.hot().spill[3];
+                if !self.is_64bit() || is_canonical(target) {
+                    // The transfer is done, and it is the target that can't be.
+                    self.rip = self.wrap_rip(target);
+                    return self.go_on();
+                }
+                if self.undo_transfer(&block, &site) == Some(iced_x86::Mnemonic::Call) {
+                    // It can't start over: its target may have lain where it pushed.
+                    return Err(Fault::general(0).into());
+                }
+            }
             SiteKind::String { source } => self.return_pointers(source),
             _ => {}
         }
@@ -316,14 +327,12 @@ impl Core {
     }
 
     /// A transfer's target turned out to be impossible: takes back what the transfer did to the
-    /// stack pointer, so that it can start over and fault as it should.
-    fn undo_transfer(&mut self, block: &Block, site: &Site) {
+    /// stack pointer, so that it can start over and fault as it should. Says what it was.
+    fn undo_transfer(&mut self, block: &Block, site: &Site) -> Option<iced_x86::Mnemonic> {
         let mut bytes = [0; 15];
         let at = block.key.gpa + u64::from(site.guest);
         let len = 15.min(4096 - usize::from(site.guest));
-        let Some(host) = self.shared.ram.host(at, len as u64) else {
-            return;
-        };
+        let host = self.shared.ram.host(at, len as u64)?;
         // SAFETY: `len` bytes of RAM.
         unsafe { crate::ram::read_raw(host, &mut bytes[..len]) };
         let bits = block.key.mode.bits();
@@ -337,6 +346,7 @@ impl Core {
         };
         let rsp = self.gpr(4).wrapping_sub(moved.cast_unsigned());
         self.set_gpr(4, if bits == 64 { rsp } else { rsp & 0xffff_ffff });
+        Some(instruction.mnemonic())
     }
 
     fn unexpected_signal(&self, pc: u64, signal: u64, address: u64) -> Stop {

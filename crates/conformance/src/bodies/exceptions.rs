@@ -411,3 +411,27 @@ pub fn jumps_to_non_canonical_addresses_are_gp(bench: &Bench<'_>) {
         a.mov(rsp, rbp)
     });
 }
+
+/// A call whose target lies where it pushes goes to that target, also to an absent one.
+pub fn a_call_reads_its_target_before_it_pushes(bench: &Bench<'_>) {
+    const ABSENT: u64 = 0xffff_ffff_ffff_ff61;
+    let mut guest = Guest::new(bench);
+    let faults = [page_fault(ABSENT, PF_U | PF_I)];
+    let values = guest.run_expecting(&faults, |a| {
+        let mut here = a.create_label();
+        a.enter_user()?;
+        a.user_address(here)?;
+        a.mov(qword_ptr(rsp - 8), r15)?;
+        a.call(qword_ptr(rsp - 8))?;
+        a.ud2()?;
+        a.set_label(&mut here)?;
+        a.mov(eax, 7)?;
+        a.report(rax)?;
+        a.mov(rax, ABSENT)?;
+        a.mov(qword_ptr(rsp - 8), rax)?;
+        a.faulting(|a| a.call(qword_ptr(rsp - 8)))?;
+        a.user_done()
+    });
+    assert_eq!(values, [7]);
+    assert_eq!(guest.faults()[0].rip, ABSENT);
+}
