@@ -304,3 +304,29 @@ impl Core {
         Arc::clone(&self.remote) as Arc<dyn ringfence_engine::VcpuWaker>
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::AssertUnwindSafe;
+    use std::panic::catch_unwind;
+
+    use super::*;
+    use crate::mapping::memory_file;
+    use crate::window::BLOCKS_BYTES;
+    use crate::window::Windows;
+
+    #[test]
+    fn nobody_waits_for_a_vcpu_that_panicked() {
+        let blocks = memory_file(c"test-blocks", BLOCKS_BYTES as u64).expect("a file");
+        let windows = Windows::new(1, &blocks, 0).expect("address space");
+        let remote = Arc::new(Remote::new(&windows).expect("a mapping"));
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let _inside = Inside::new(Arc::clone(&remote));
+            let ticket = remote.post_awaited(request::FLUSH_CODE);
+            assert!(!remote.is_served(ticket));
+            std::panic::panic_any(ticket);
+        }));
+        let ticket = outcome.expect_err("it panicked").downcast::<u64>();
+        assert!(remote.is_served(*ticket.expect("by the number")));
+    }
+}
