@@ -147,4 +147,47 @@ mod tests {
             }
         }
     }
+
+    /// Three groups hold their pointers in all the registers that need no REX prefix and that the code
+    /// doesn't name, and BH excludes the others.
+    #[test]
+    fn a_high_byte_beside_three_pointers_has_a_translation() {
+        let code = [
+            0xdc, 0x2d, 0x89, 0xb7, 0xce, 0x48, 0x96, 0x50, 0x87, 0xc8, 0x18, 0x7c, 0x2e, 0x5b,
+            0xbb, 0x9a, 0xd6, 0x38, 0x6e, 0x4e, 0x00, 0x56, 0x35, 0xa3, 0x27, 0x11, 0x28, 0x30,
+            0xbe, 0x91, 0x02, 0x63, 0xc5, 0xe8, 0xe2, 0x95, 0xc5, 0xb5, 0x7f, 0x4b,
+        ];
+        let listing = Listing {
+            offset: 1247,
+            bits: 32,
+            fast_pext: false,
+            ..Listing::default()
+        };
+        assert!(list_translation(&code, listing).contains("sbb"));
+    }
+
+    #[test]
+    fn random_code_has_a_translation() {
+        const SEQUENCES: usize = 100_000;
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        for _ in 0..SEQUENCES {
+            let words: [u64; 6] = std::array::from_fn(|_| random());
+            let code = words.map(u64::to_le_bytes).concat();
+            let choice = random();
+            let listing = Listing {
+                bits: if choice & 1 == 0 { 32 } else { 64 },
+                user: choice & 2 == 0,
+                plain: choice & 12 == 0,
+                fast_pext: choice & 16 == 0,
+                offset: if choice & 96 == 0 { 4060 } else { 0 } + (choice >> 32 & 31) as u16,
+            };
+            assert!(!list_translation(&code, listing).is_empty());
+        }
+    }
 }

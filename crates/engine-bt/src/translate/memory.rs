@@ -43,6 +43,7 @@ use crate::translate::plan::Role;
 use crate::translate::rename::free_registers;
 use crate::translate::rename::general_form;
 use crate::translate::rename::mentions;
+use crate::translate::rename::operands_with_high_byte;
 use crate::translate::rename::registers_used;
 use crate::translate::rename::rename;
 use crate::translate::rename::set_memory;
@@ -518,13 +519,14 @@ impl Emitter<'_> {
 
     /// AH and its like exclude a REX prefix, so the address moves to an old register.
     fn operation_with_high_byte(&mut self, mut changed: Instruction, site: usize, spot: Spot) {
-        let mut busy = registers_used(&changed);
+        // Those of the address are free once it is in a scratch register.
+        let mut busy = operands_with_high_byte(&changed);
         for &(register, _) in &self.held {
             busy.insert(register);
         }
         let register = free_registers(busy)
             .old()
-            .expect("an instruction with a high byte names at most four registers");
+            .expect("two are the operands' at most, and three are held");
         self.asm.lea(T1, spot.mem());
         self.borrow(site, register);
         self.asm.mov(register, T1);

@@ -45,6 +45,18 @@ pub(crate) fn registers_used(instruction: &Instruction) -> RegSet {
     set
 }
 
+/// Registers whose values an instruction with a high byte and a memory operand needs beside its
+/// address. Of those that no operand names, only CMPXCHG's accumulator is needed.
+pub(crate) fn operands_with_high_byte(instruction: &Instruction) -> RegSet {
+    let mut set = RegSet(0b1);
+    for operand in 0..instruction.op_count() {
+        if instruction.op_kind(operand) == OpKind::Register {
+            set.add(instruction.op_register(operand));
+        }
+    }
+    set
+}
+
 /// Registers that may be borrowed.
 pub(crate) struct Free(RegSet);
 
