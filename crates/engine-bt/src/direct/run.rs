@@ -255,6 +255,12 @@ impl Core {
         let len = self.shared.host.xsave_len;
         space.vectors(&mut self.xsave.0[..len]);
         self.xsave.sanitize(self.shared.host.guest_xcr0);
+        for (index, selector) in [DS, ES, FS, GS].into_iter().zip(space.selectors()) {
+            // The host's table has what the guest's may not: such a selector stays a null one.
+            if selector != 0 && self.load_segment(index, selector).is_ok() {
+                self.fast_stale = true;
+            }
+        }
         let (fs, gs) = space.bases();
         let hot = self.hot_mut();
         hot.seg_base[FS] = fs;

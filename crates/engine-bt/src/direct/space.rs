@@ -325,6 +325,12 @@ impl Space {
         left.saturating_sub(entered)
     }
 
+    /// Selectors of DS, ES, FS and GS, which code can load without a trap.
+    pub(crate) fn selectors(&self) -> [u16; 4] {
+        let word = self.word(stub::HEAD + stub::SELECTORS);
+        std::array::from_fn(|index| (word >> (16 * index)) as u16)
+    }
+
     /// FS and GS bases.
     pub(crate) fn bases(&self) -> (u64, u64) {
         (

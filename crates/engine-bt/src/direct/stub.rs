@@ -55,6 +55,8 @@ pub(crate) const LEFT: u64 = 104;
 pub(crate) const FLAGS: u64 = 112;
 /// NT and ID.
 pub(crate) const KEPT_FLAGS: u64 = 1 << 14 | 1 << 21;
+/// Selectors of DS, ES, FS and GS, 16 bits each, as the guest's code left them.
+pub(crate) const SELECTORS: u64 = 120;
 pub(crate) const GUEST_PROGRAM: u64 = 64;
 pub(crate) const MAPPER_PROGRAM: u64 = 80;
 pub(crate) const GUEST_FILTER: u64 = 128;
@@ -139,9 +141,22 @@ global_asm!(
     "mov [rbx + {fs_base}], rax",
     "rdgsbase rax",
     "mov [rbx + {gs_base}], rax",
+    "mov word ptr [rbx + {selectors}], ds",
+    "mov word ptr [rbx + {selectors} + 2], es",
+    "mov word ptr [rbx + {selectors} + 4], fs",
+    "mov word ptr [rbx + {selectors} + 6], gs",
     "mov eax, {notify}",
     "syscall",
     "ringfence_direct_notified:",
+    // Null selectors for whoever comes next; the bases follow.
+    "xor eax, eax",
+    "cmp [rbx + {selectors}], rax",
+    "je 7f",
+    "mov ds, eax",
+    "mov es, eax",
+    "mov fs, eax",
+    "mov gs, eax",
+    "7:",
     "mov rax, [rbx + {fs_base}]",
     "wrfsbase rax",
     "mov rax, [rbx + {gs_base}]",
@@ -216,6 +231,7 @@ global_asm!(
     guest_program = const BASE + HEAD + GUEST_PROGRAM,
     mapper_program = const BASE + HEAD + MAPPER_PROGRAM,
     fs_base = const FS_BASE,
+    selectors = const SELECTORS,
     gs_base = const GS_BASE,
     entered = const ENTERED,
     left = const LEFT,

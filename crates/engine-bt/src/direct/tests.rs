@@ -48,6 +48,19 @@ fn go(space: &mut Space) -> (i32, super::space::Registers) {
 }
 
 #[test]
+fn selectors_that_code_loads_are_told_and_gone_next_time() {
+    // mov ax, gs; mov ecx, 0x2b; mov gs, ecx; syscall
+    let code = [0x8c, 0xe8, 0xb9, 0x2b, 0, 0, 0, 0x8e, 0xe9, 0x0f, 0x05];
+    let (_spawner, mut space) = space_with(&code);
+    for _ in 0..2 {
+        let (signal, registers) = go(&mut space);
+        assert_eq!(signal, libc::SIGSYS);
+        assert_eq!(registers[register::GENERAL[0]] & 0xffff, 0);
+        assert_eq!(space.selectors(), [0, 0, 0, 0x2b]);
+    }
+}
+
+#[test]
 fn code_runs_until_it_makes_a_system_call() {
     // mov eax, 42; syscall
     let (_spawner, mut space) = space_with(&[0xb8, 42, 0, 0, 0, 0x0f, 0x05]);
