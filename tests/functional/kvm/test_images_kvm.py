@@ -28,7 +28,7 @@ def test_an_image_is_built_and_run_by_kvm(nested_host: NestedHost) -> None:
     environment = [f"PYTHONPATH={REPOSITORY / 'src'}:{REPOSITORY}:{site}"]
     if "RINGFENCE_BIN_DIR" in os.environ:
         environment.append(f"RINGFENCE_BIN_DIR={os.environ['RINGFENCE_BIN_DIR']}")
-    done = nested_host.run_twice(
+    done = nested_host.run(
         ["/usr/bin/env", *environment, *command, "--engine", "kvm", "-k", "same_script", tests],
         cwd=REPOSITORY,
         timeout_s=900,
