@@ -255,17 +255,28 @@ impl Core {
         let len = self.shared.host.xsave_len;
         space.vectors(&mut self.xsave.0[..len]);
         self.xsave.sanitize(self.shared.host.guest_xcr0);
-        for (index, selector) in [DS, ES, FS, GS].into_iter().zip(space.selectors()) {
-            // The host's table has what the guest's may not: such a selector stays a null one.
-            if selector != 0 && self.load_segment(index, selector).is_ok() {
-                self.fast_stale = true;
-            }
-        }
+        self.take_selectors(space.selectors());
         let (fs, gs) = space.bases();
         let hot = self.hot_mut();
         hot.seg_base[FS] = fs;
         hot.seg_base[GS] = gs;
         registers
+    }
+
+    /// Loads what code has loaded into DS, ES, FS and GS, which didn't trap.
+    fn take_selectors(&mut self, selectors: [u16; 4]) {
+        for (index, selector) in [DS, ES, FS, GS].into_iter().zip(selectors) {
+            if selector == 0 {
+                continue;
+            }
+            if self.load_segment(index, selector).is_ok() {
+                self.fast_stale = true;
+            } else {
+                // The host's table has what the guest's may not: such a one stays null. Nor is
+                // anybody asked for a table that lies in a device.
+                self.replay.waiting = None;
+            }
+        }
     }
 
     /// Does what the trap asks for. The number of the signal and the registers are the guest's word:
