@@ -19,6 +19,15 @@ impl RegSet {
         }
     }
 
+    /// Adds the registers that are operands by themselves.
+    fn add_operands(&mut self, instruction: &Instruction) {
+        for operand in 0..instruction.op_count() {
+            if instruction.op_kind(operand) == OpKind::Register {
+                self.add(instruction.op_register(operand));
+            }
+        }
+    }
+
     /// Adds a host register.
     pub(crate) fn insert(&mut self, register: Reg) {
         self.0 |= 1 << register.0;
@@ -28,11 +37,7 @@ impl RegSet {
 /// Registers named by the operands, and RAX, RCX and RDX, which instructions use without naming.
 pub(crate) fn registers_used(instruction: &Instruction) -> RegSet {
     let mut set = RegSet(0b111);
-    for operand in 0..instruction.op_count() {
-        if instruction.op_kind(operand) == OpKind::Register {
-            set.add(instruction.op_register(operand));
-        }
-    }
+    set.add_operands(instruction);
     set.add(instruction.memory_base());
     set.add(instruction.memory_index());
     // CMPXCHG8B and 16B take RBX too.
@@ -49,11 +54,7 @@ pub(crate) fn registers_used(instruction: &Instruction) -> RegSet {
 /// address. Of those that no operand names, only CMPXCHG's accumulator is needed.
 pub(crate) fn operands_with_high_byte(instruction: &Instruction) -> RegSet {
     let mut set = RegSet(0b1);
-    for operand in 0..instruction.op_count() {
-        if instruction.op_kind(operand) == OpKind::Register {
-            set.add(instruction.op_register(operand));
-        }
-    }
+    set.add_operands(instruction);
     set
 }
 
