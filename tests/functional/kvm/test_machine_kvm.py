@@ -29,7 +29,7 @@ def test_machines_by_kvm(nested_host: NestedHost) -> None:
     command = [os.path.realpath(sys.executable), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     site = next(path for path in sys.path if path.endswith("site-packages"))
     path = f"PYTHONPATH={REPOSITORY / 'src'}:{REPOSITORY}:{site}"
-    done = nested_host.run_twice(
+    done = nested_host.run(
         ["/usr/bin/env", path, *command, "--engine", "kvm", "-k", CHOSEN, *tests],
         cwd=REPOSITORY,
         timeout_s=900,
