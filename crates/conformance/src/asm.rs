@@ -140,9 +140,9 @@ impl Asm {
     }
 
     /// Continues in ring 3, at the next instruction, with the user's stack; ends like [`Self::done`]
-    /// there by [`Self::user_done`].
+    /// there by [`Self::user_done`]. Interrupts are on there, as under every kernel.
     pub fn enter_user(&mut self) -> Assembled {
-        self.enter_user_with(2)
+        self.enter_user_with(0x202)
     }
 
     /// As [`Self::enter_user`] with these flags.
@@ -202,6 +202,16 @@ impl Asm {
         self.mov(rax, cr4)?;
         self.mov(r15, bits)?;
         self.or(rax, r15)?;
+        self.mov(cr4, rax)
+    }
+
+    /// Clears bits of CR4 through RAX.
+    pub fn clear_cr4(&mut self, bits: u64) -> Assembled {
+        use iced_x86::code_asm::cr4;
+        use iced_x86::code_asm::rax;
+        self.mov(rax, cr4)?;
+        self.mov(r15, !bits)?;
+        self.and(rax, r15)?;
         self.mov(cr4, rax)
     }
 

@@ -176,14 +176,19 @@ impl Guest {
         }
         let mut state = self.vcpu.state().expect("the first state");
         tables::long_mode(&mut state);
-        self.allow_bases(&mut state);
+        self.allow_features(&mut state);
         self.vcpu.set_state(&state).expect("64-bit mode");
     }
 
     /// As every kernel has it: engines may run user code in other ways than without.
-    fn allow_bases(&self, state: &mut VcpuState) {
+    fn allow_features(&self, state: &mut VcpuState) {
         if self.has(features::FSGSBASE) {
             state.sregs.cr4 |= ringfence_x86::paging::CR4_FSGSBASE;
+        }
+        if self.has(features::XSAVE) {
+            let components = self.cpuid.get(0xd, 0).map_or(1, |leaf| leaf.eax);
+            state.sregs.cr4 |= ringfence_x86::paging::CR4_OSXSAVE;
+            state.sregs.xcr0 = components.into();
         }
     }
 
@@ -271,7 +276,7 @@ impl Guest {
         self.poke(layout::RESUME, 0);
         let mut state = self.vcpu.state().expect("a state");
         tables::long_mode(&mut state);
-        self.allow_bases(&mut state);
+        self.allow_features(&mut state);
         self.vcpu.set_state(&state).expect("a start");
         result
     }

@@ -38,6 +38,8 @@ macro_rules! suite {
                 a_string_store_over_code_is_seen
                 data_beside_code_can_be_written
                 a_remapped_page_runs_its_new_code
+                data_among_user_code_is_read_as_it_is
+                a_table_in_a_page_of_user_code_is_read_as_it_is
             }
             control {
                 privileged_instructions_are_gp_in_user_mode

@@ -59,8 +59,9 @@ pub(crate) struct Translation {
     pub page_bytes: u64,
     /// User code may access it.
     pub user: bool,
-    /// The access mode asked for may write it now without the page tables being touched again
-    /// (the dirty bit is set).
+    /// The access mode asked for may write it.
+    pub may_write: bool,
+    /// It may do so without the page tables being touched again (the dirty bit is set).
     pub writable: bool,
     /// The entry is global.
     pub global: bool,
@@ -111,6 +112,7 @@ impl Paging {
                 gpa: address & 0xffff_ffff,
                 page_bytes: 4096,
                 user: true,
+                may_write: true,
                 writable: true,
                 global: false,
                 accessed: true,
@@ -276,6 +278,7 @@ impl Walk<'_> {
             gpa: base | (address & (page_bytes - 1)),
             page_bytes,
             user: user_page,
+            may_write,
             writable: may_write && (dirty || self.access == Access::Write),
             dirty,
             accessed: self.mark || entry & PTE_A != 0,

@@ -180,3 +180,83 @@ pub fn a_remapped_page_runs_its_new_code(bench: &Bench<'_>) {
     });
     assert_eq!(values, [1, 2, 1, 2]);
 }
+
+/// Data that lies among user code and looks like an instruction is read as it is, while that code runs.
+pub fn data_among_user_code_is_read_as_it_is(bench: &Bench<'_>) {
+    let mut guest = Guest::new(bench);
+    let values = guest.run(|a| {
+        let mut data = a.create_label();
+        let mut start = a.create_label();
+        let mut again = a.create_label();
+        a.enter_user()?;
+        a.jmp(start)?;
+        a.set_label(&mut data)?;
+        a.db(&CPUID_AMONG_NOPS)?;
+        a.set_label(&mut start)?;
+        a.lea(rbx, ptr(data))?;
+        a.mov(ecx, 200)?;
+        a.xor(edx, edx)?;
+        a.set_label(&mut again)?;
+        a.movzx(eax, word_ptr(rbx + 128))?;
+        a.add(edx, eax)?;
+        a.dec(ecx)?;
+        a.jnz(again)?;
+        a.report(rdx)?;
+        a.user_done()
+    });
+    assert_eq!(values, [200 * 0xa20f]);
+}
+
+const CPUID_AMONG_NOPS: [u8; 256] = {
+    let mut code = [0x90; 256];
+    code[128] = 0x0f;
+    code[129] = 0xa2;
+    code
+};
+
+/// So is a table in a page that user code can't write, and a true CPUID in another such page answers.
+pub fn a_table_in_a_page_of_user_code_is_read_as_it_is(bench: &Bench<'_>) {
+    const TABLE: u64 = 0x1400;
+    const MIDDLE: usize = 0x200;
+    const ENTRY: u64 = TABLE + 0x200;
+    let mut guest = Guest::new(bench);
+    let wanted = guest.cpuid.get(0, 0).unwrap().ebx;
+    for index in 0..2 {
+        guest.map(index, layout::FRAMES + 0x1000 * index, PTE_P | PTE_U);
+    }
+    // xor eax, eax; xor ecx, ecx; cpuid; mov eax, ebx; ret
+    let ask = [0x31, 0xc0, 0x31, 0xc9, 0x0f, 0xa2, 0x89, 0xd8, 0xc3];
+    guest.write(layout::FRAMES, &ask);
+    guest.write(layout::FRAMES + 0x1000, &[0xc3]);
+    let mut random = 5_u32;
+    let mut table: Vec<u8> = std::iter::repeat_with(|| {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        random.to_be_bytes()[0]
+    })
+    .take(2 * MIDDLE)
+    .collect();
+    table[MIDDLE..MIDDLE + 2].copy_from_slice(&[0x0f, 0xa2]);
+    guest.write(layout::FRAMES + TABLE, &table);
+    let values = guest.run(|a| {
+        let mut again = a.create_label();
+        a.enter_user()?;
+        a.xor(r8d, r8d)?;
+        a.xor(r9d, r9d)?;
+        a.mov(r12, layout::TEST + 0x1000)?;
+        a.mov(r13, layout::TEST)?;
+        a.mov(r14, layout::TEST + ENTRY)?;
+        a.mov(r15d, 16)?;
+        a.set_label(&mut again)?;
+        a.call(r12)?;
+        a.movzx(eax, word_ptr(r14))?;
+        a.add(r8d, eax)?;
+        a.call(r13)?;
+        a.add(r9, rax)?;
+        a.dec(r15d)?;
+        a.jnz(again)?;
+        a.report(r8)?;
+        a.report(r9)?;
+        a.user_done()
+    });
+    assert_eq!(values, [16 * 0xa20f, 16 * u64::from(wanted)]);
+}

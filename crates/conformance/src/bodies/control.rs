@@ -146,6 +146,7 @@ pub fn xsetbv_refuses_impossible_combinations(bench: &Bench<'_>) {
         fault(GP),
     ];
     let values = guest.run_expecting(&faults, |a| {
+        a.clear_cr4(paging::CR4_OSXSAVE)?;
         a.xor(ecx, ecx)?;
         a.xor(edx, edx)?;
         a.mov(eax, 3)?;
@@ -221,15 +222,17 @@ pub fn the_permission_map_opens_single_ports(bench: &Bench<'_>) {
 
 /// POPF in ring 3 leaves IF and IOPL alone, silently.
 pub fn popf_in_user_mode_keeps_if_and_iopl(bench: &Bench<'_>) {
-    let mut guest = Guest::new(bench);
-    let values = guest.run(|a| {
-        a.enter_user()?;
-        a.push(0x3203)?;
-        a.popfq()?;
-        a.report_flags()?;
-        a.user_done()
-    });
-    assert_eq!(values, [3]);
+    for (before, popped, after) in [(2, 0x3203, 3), (0x202, 0x3003, 0x203)] {
+        let mut guest = Guest::new(bench);
+        let values = guest.run(|a| {
+            a.enter_user_with(before)?;
+            a.push(popped)?;
+            a.popfq()?;
+            a.report_flags()?;
+            a.user_done()
+        });
+        assert_eq!(values, [after]);
+    }
 }
 
 /// Execution breakpoints of the guest's own are faults before the instruction.

@@ -116,6 +116,7 @@ pub fn osxsave_follows_cr4(bench: &Bench<'_>) {
         return;
     }
     let values = guest.run(|a| {
+        a.clear_cr4(paging::CR4_OSXSAVE)?;
         ask(a, 1, 0)?;
         a.set_cr4(paging::CR4_OSXSAVE)?;
         ask(a, 1, 0)
@@ -130,6 +131,8 @@ pub fn user_code_may_ask(bench: &Bench<'_>) {
     let wanted = *guest.cpuid.get(0, 0).unwrap();
     let values = guest.run(|a| {
         a.enter_user()?;
+        // As in programs, no privileged code is around it.
+        a.db(&[0x90; 256])?;
         ask(a, 0, 0)?;
         a.user_done()
     });

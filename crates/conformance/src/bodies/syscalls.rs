@@ -259,22 +259,24 @@ pub fn iret_to_user_checks_the_stack_segment(bench: &Bench<'_>) {
 
 /// IRET from ring 3 can't change IF or IOPL.
 pub fn iret_in_user_mode_keeps_if_and_iopl(bench: &Bench<'_>) {
-    let mut guest = Guest::new(bench);
-    let values = guest.run(|a| {
-        let mut next = a.create_label();
-        a.enter_user()?;
-        a.push(i32::from(layout::USER_DATA))?;
-        a.push(rsp)?;
-        a.push(0x3203)?;
-        a.push(i32::from(layout::USER_CODE))?;
-        a.user_address(next)?;
-        a.push(r15)?;
-        a.iretq()?;
-        a.set_label(&mut next)?;
-        a.report_flags()?;
-        a.user_done()
-    });
-    assert_eq!(values, [3]);
+    for (before, given, after) in [(2, 0x3203, 3), (0x202, 0x3003, 0x203)] {
+        let mut guest = Guest::new(bench);
+        let values = guest.run(|a| {
+            let mut next = a.create_label();
+            a.enter_user_with(before)?;
+            a.push(i32::from(layout::USER_DATA))?;
+            a.push(rsp)?;
+            a.push(given)?;
+            a.push(i32::from(layout::USER_CODE))?;
+            a.user_address(next)?;
+            a.push(r15)?;
+            a.iretq()?;
+            a.set_label(&mut next)?;
+            a.report_flags()?;
+            a.user_done()
+        });
+        assert_eq!(values, [after]);
+    }
 }
 
 /// A return to ring 3 clears null selectors whose lower bits are set.

@@ -114,6 +114,7 @@ pub fn avx_state_is_saved_and_restored(bench: &Bench<'_>) {
         return;
     }
     let values = guest.run_expecting(&[fault(UD)], |a| {
+        a.clear_cr4(paging::CR4_OSXSAVE)?;
         a.faulting(|a| a.vpxor(xmm0, xmm0, xmm0))?;
         a.set_cr4(paging::CR4_OSXSAVE)?;
         a.xor(ecx, ecx)?;

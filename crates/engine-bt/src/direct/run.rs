@@ -45,6 +45,8 @@ use crate::window::page_index;
 const PAGE: u64 = 4096;
 /// Pages around a missing one that are shown with it.
 const AROUND: u64 = 16;
+/// Places in one page that are no data.
+const SURELY_CODE: usize = 3;
 /// Pages of code that may be held between two interrupts: code that goes to and fro between such a
 /// page and others is rather translated.
 const MOST_HOLDS: u32 = 8;
@@ -96,6 +98,7 @@ impl Core {
         self.earns_direct()
             && self.mode == Mode::plain(64, true)
             && self.rip >> 47 == 0
+            && self.has(flag::IF)
             && self.direct.holds <= MOST_HOLDS
             && !self.is_held()
             && self.shared.spawner.is_some()
@@ -422,7 +425,7 @@ impl Core {
         let mut protection = READ;
         let mut bytes = Bytes::Ram(offset);
         if access == Access::Fetch {
-            let Some(code) = self.code_to_run(page, gpa, host, bytes) else {
+            let Some(code) = self.code_to_run(page, gpa, host, bytes, found.may_write) else {
                 return false;
             };
             bytes = code;
@@ -447,33 +450,56 @@ impl Core {
     }
 
     /// What is shown of a page of code: itself, or a copy; nothing if neither may run.
-    fn code_to_run(&mut self, page: u64, gpa: u64, host: u64, itself: Bytes) -> Option<Bytes> {
+    ///
+    /// Programs that write their code keep data beside it, and read that. So of a `writable` page no copy
+    /// is shown for the sake of one or two places, which may be data; and what is among data is data.
+    fn code_to_run(
+        &mut self,
+        page: u64,
+        gpa: u64,
+        host: u64,
+        itself: Bytes,
+        writable: bool,
+    ) -> Option<Bytes> {
         let shared = std::sync::Arc::clone(&self.shared);
         let patches = shared.patches.as_ref()?;
-        if let Some(offset) = patches.offset(gpa) {
-            return Some(Bytes::Patched(offset));
+        let there = patches.offset(gpa).map(Bytes::Patched);
+        if there.is_some() && !writable {
+            return there;
         }
         let mut code = Code::default();
-        if self.search(page, host, &mut code)?.is_nothing() {
+        let found = self.search(page, host, &mut code)?;
+        if found.is_nothing() {
             return Some(itself);
+        }
+        if writable && found.places.len() < SURELY_CODE {
+            return (found.places.is_empty() && !found.unclear).then_some(itself);
+        }
+        if there.is_some() {
+            return there;
         }
         let retired = patches.take_retired();
         if !retired.is_empty() {
             self.revoke_writes(host);
             patches.give_back(retired);
         }
-        let mut writable = false;
+        let mut was_writable = false;
         let ticket = shared.code.exclusively(|| {
             let ticket = patches.begin(gpa)?;
-            writable = shared.pages.mark_code(gpa);
+            was_writable = shared.pages.mark_code(gpa);
             Some(ticket)
         })?;
-        if writable {
+        if was_writable {
             self.revoke_writes(host);
         }
-        let found = self
-            .search(page, host, &mut code)
-            .filter(|found| !found.unclear);
+        let found = self.search(page, host, &mut code).filter(|found| {
+            let sure = if writable {
+                found.places.len() >= SURELY_CODE
+            } else {
+                !found.among_data
+            };
+            sure && !found.unclear
+        });
         let Some(Found { places, .. }) = found else {
             patches.forget(gpa);
             return None;
@@ -502,6 +528,7 @@ impl Core {
         if self.direct.clean.has(digest) {
             return Some(Found::default());
         }
+        let mut among_data = false;
         if before {
             // The page before may have been shown when this one was another.
             let seam = START - scan::TAIL..START;
@@ -510,8 +537,10 @@ impl Core {
             if found.unclear || found.places.iter().any(reaches) {
                 return None;
             }
+            among_data = found.among_data;
         }
-        let found = scan::search(&code.0[first..end], START - first..END - first);
+        let mut found = scan::search(&code.0[first..end], START - first..END - first);
+        found.among_data |= among_data;
         if found.is_nothing() {
             self.direct.clean.add(digest);
         }

@@ -7,13 +7,22 @@
 //! other instructions. Code is decoded from many places: wherever it begins, it is read alike after a few
 //! instructions. Code that jumps into the midst of its own instructions to hide one of these is not
 //! caught; all that it learns is what processor the host has.
+//!
+//! Data may look like one, too, and reads itself otherwise once that is made to trap. Data reads as
+//! instructions that compilers don't write, so where such stand around a place, it is taken for data. (The vDSO
+//! is known by its name: it has such places among its data, and nothing but the kernel reads these.)
 
 use std::ops::Range;
 
+use iced_x86::Code;
 use iced_x86::Decoder;
+use iced_x86::DecoderError;
+use iced_x86::FlowControl;
 use iced_x86::Instruction;
 use iced_x86::Mnemonic;
+use iced_x86::Register;
 use memchr::memchr;
+use memchr::memmem;
 
 use crate::step::decoder_options;
 
@@ -22,6 +31,13 @@ pub(crate) const TAIL: usize = 14;
 /// Bytes before a suspicious place from which decoding begins, and how many beginnings are tried.
 const RUN_UP: usize = 192;
 const BEGINNINGS: usize = 16;
+/// Bytes before and behind a place that say whether it is among code.
+const NEIGHBOURHOOD: usize = 96;
+/// Instructions there that compilers don't write: fewer may be somebody's.
+const MANY: usize = 4;
+/// So many zeros behind a place end its code.
+const PADDING: [u8; 16] = [0; 16];
+const VDSO_NAME: &[u8] = b"linux-vdso.so.1\0";
 /// Bytes of the page before that are wanted.
 pub(crate) const LEAD: usize = RUN_UP + BEGINNINGS;
 /// First byte of every one of these instructions' opcodes, prefixes apart.
@@ -36,26 +52,41 @@ pub(crate) struct Found {
     pub(crate) places: Vec<usize>,
     /// There may be one that can't be told from other code, or that reaches into the next page.
     pub(crate) unclear: bool,
+    /// There is what looks like one, among what doesn't read as code.
+    pub(crate) among_data: bool,
 }
 
 impl Found {
     /// Nothing.
     pub(crate) fn is_nothing(&self) -> bool {
-        self.places.is_empty() && !self.unclear
+        self.places.is_empty() && !self.unclear && !self.among_data
     }
 }
 
 /// What the part `page` of `code` holds; the rest is what comes before and behind it.
 pub(crate) fn search(code: &[u8], page: Range<usize>) -> Found {
     let mut all = Found::default();
+    let is_vdso = memmem::find(&code[page.clone()], VDSO_NAME).is_some();
     let mut at = page.start;
     while let Some(found) = memchr(ESCAPE, &code[at..page.end]) {
         at += found;
-        if is_suspicious(code, at) {
-            match (is_sensitive(code, at), at + 2 < page.end) {
-                (Some(false), _) => {}
-                (Some(true), true) => all.places.push(at + 1 - page.start),
-                _ => all.unclear = true,
+        let sensitive = if is_suspicious(code, at) {
+            is_sensitive(code, at)
+        } else {
+            Some(false)
+        };
+        if sensitive != Some(false) {
+            let around = if is_vdso {
+                Surroundings::Code
+            } else {
+                surroundings(code, at)
+            };
+            match around {
+                Surroundings::Data => all.among_data = true,
+                Surroundings::Code if sensitive == Some(true) && at + 2 < page.end => {
+                    all.places.push(at + 1 - page.start);
+                }
+                Surroundings::Code | Surroundings::Odd => all.unclear = true,
             }
         }
         at += 1;
@@ -128,6 +159,90 @@ fn read(
         start = next;
     }
     Some(false)
+}
+
+/// What the neighbourhood of a place reads as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Surroundings {
+    Code,
+    Data,
+    /// As code with some instructions that compilers don't write.
+    Odd,
+}
+
+/// What is around the instruction at `at`: before it, and behind it up to where that goes elsewhere.
+fn surroundings(code: &[u8], at: usize) -> Surroundings {
+    let begin = at.saturating_sub(RUN_UP);
+    let mut decoder = Decoder::with_ip(64, &code[begin..], begin as u64, decoder_options(false));
+    let mut instruction = Instruction::default();
+    let mut start = begin;
+    let mut odd = 0;
+    while start < at + NEIGHBOURHOOD && decoder.can_decode() {
+        if start > at && code[start..].starts_with(&PADDING) {
+            break;
+        }
+        decoder.decode_out(&mut instruction);
+        if decoder.last_error() == DecoderError::NoMoreBytes {
+            break;
+        }
+        let judged = start + NEIGHBOURHOOD >= at || begin == 0;
+        odd += usize::from(judged && !is_written_by_compilers(&instruction, &code[start..]));
+        start += instruction.len();
+        let leaves = matches!(
+            instruction.flow_control(),
+            FlowControl::UnconditionalBranch | FlowControl::IndirectBranch | FlowControl::Return
+        );
+        if leaves && start > at {
+            break;
+        }
+    }
+    match odd {
+        0 => Surroundings::Code,
+        1..MANY => Surroundings::Odd,
+        _ => Surroundings::Data,
+    }
+}
+
+/// Whether compilers and the authors of libraries write such an instruction for 64-bit programs. Of
+/// random ones a quarter isn't.
+fn is_written_by_compilers(instruction: &Instruction, bytes: &[u8]) -> bool {
+    use Mnemonic as M;
+    let odd_prefix = matches!(
+        instruction.segment_prefix(),
+        Register::ES | Register::CS | Register::SS | Register::DS
+    );
+    let pads = matches!(instruction.mnemonic(), M::Nop | M::Jmp | M::Call);
+    !(instruction.code() == Code::INVALID
+        || instruction.is_privileged()
+        || bytes.starts_with(&[0, 0])
+        || odd_prefix && !pads
+        || instruction.is_string_instruction()
+            && !instruction.has_rep_prefix()
+            && !instruction.has_repne_prefix()
+        || matches!(bytes[0], 0xd8..=0xdf)
+        || matches!(
+            instruction.mnemonic(),
+            M::In
+                | M::Out
+                | M::Enter
+                | M::Loop
+                | M::Loope
+                | M::Loopne
+                | M::Xlatb
+                | M::Sahf
+                | M::Lahf
+                | M::Cmc
+                | M::Retf
+                | M::Iret
+                | M::Iretd
+                | M::Iretq
+                | M::Int1
+                | M::Int
+                | M::Wait
+                | M::Lss
+                | M::Lfs
+                | M::Lgs
+        ))
 }
 
 /// Whether the instruction's opcode begins at `at`: there are prefixes alone before it.
@@ -242,6 +357,47 @@ mod tests {
         let mut page = vec![0x90; 4096];
         page[..5].copy_from_slice(&[0xb8, 0x0f, 0xa2, 0, 0]);
         assert!(search(&page, 0..4096).unclear);
+    }
+
+    #[test]
+    fn what_stands_among_data_is_taken_for_data() {
+        let mut random = 7_u32;
+        let mut told = 0;
+        for _ in 0..500 {
+            let data = std::iter::repeat_with(|| {
+                random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                random.to_be_bytes()[0]
+            });
+            let mut data: Vec<u8> = data.take(256).collect();
+            // Only the first or the last part of it is data, the rest NOPs.
+            let at = if told % 2 == 0 { 8 } else { 240 };
+            data[at..at + 4].copy_from_slice(&[0x90, 0x0f, 0xa2, 0x90]);
+            let found = search(&page_with(1000, &data), PAGE);
+            told += usize::from(!found.places.contains(&(1000 + at + 2)));
+        }
+        assert!(told >= 490, "{told}");
+    }
+
+    #[test]
+    fn what_is_behind_the_end_of_code_is_no_part_of_it() {
+        // xlatb, behind CPUID and RET or behind CPUID alone.
+        let page = page_with(1000, &[0x0f, 0xa2, 0xc3, 0xd7, 0xd7, 0xd7, 0xd7]);
+        assert_eq!(search(&page, PAGE).places, [1001]);
+        let page = page_with(1000, &[0x0f, 0xa2, 0x90, 0xd7, 0xd7, 0xd7, 0xd7]);
+        assert!(search(&page, PAGE).among_data);
+        let page = page_with(1000, &[0x0f, 0xa2, 0x90, 0xd7]);
+        assert!(search(&page, PAGE).unclear);
+        let mut page = page_with(1000, &[0x0f, 0xa2, 0x90]);
+        page[LEAD + 1003..].fill(0);
+        assert_eq!(search(&page, PAGE).places, [1001]);
+    }
+
+    #[test]
+    fn the_vdsos_instructions_are_known_among_its_data() {
+        let mut page = page_with(1000, &[0xd7, 0x0f, 0xa2, 0xd7]);
+        assert!(search(&page, PAGE).unclear);
+        page[LEAD + 3000..][..VDSO_NAME.len()].copy_from_slice(VDSO_NAME);
+        assert_eq!(search(&page, PAGE).places, [1002]);
     }
 
     #[test]
