@@ -220,6 +220,7 @@ fn is_written_by_compilers(instruction: &Instruction, bytes: &[u8]) -> bool {
             && !instruction.has_rep_prefix()
             && !instruction.has_repne_prefix()
         || matches!(bytes[0], 0xd8..=0xdf)
+        || bytes[0] == 0xcd && !matches!(bytes.get(1), Some(0x03 | 0x80))
         || matches!(
             instruction.mnemonic(),
             M::In
@@ -237,7 +238,6 @@ fn is_written_by_compilers(instruction: &Instruction, bytes: &[u8]) -> bool {
                 | M::Iretd
                 | M::Iretq
                 | M::Int1
-                | M::Int
                 | M::Wait
                 | M::Lss
                 | M::Lfs
@@ -390,6 +390,16 @@ mod tests {
         let mut page = page_with(1000, &[0x0f, 0xa2, 0x90]);
         page[LEAD + 1003..].fill(0);
         assert_eq!(search(&page, PAGE).places, [1001]);
+    }
+
+    #[test]
+    fn breakpoints_and_system_calls_stand_among_code() {
+        // int 3; int 0x80, as in Go's runtime and in programs in assembly.
+        for interrupt in [0x03, 0x80] {
+            let page = page_with(1000, &[0xcd, interrupt, 0x0f, 0xa2, 0xcd, interrupt]);
+            assert_eq!(search(&page, PAGE).places, [1003]);
+        }
+        assert!(search(&page_with(1000, &[0xcd, 0x20, 0x0f, 0xa2]), PAGE).unclear);
     }
 
     #[test]
