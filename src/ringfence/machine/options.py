@@ -136,9 +136,13 @@ def spec_from(options: MachineOptions) -> MachineSpec:
     """
     unknown = sorted(set(options) - MachineOptions.__optional_keys__)
     if unknown:
-        known = ", ".join(sorted(MachineOptions.__optional_keys__))
+        import difflib  # noqa: PLC0415 - only for mistakes
+
+        known = sorted(MachineOptions.__optional_keys__)
+        near = difflib.get_close_matches(unknown[0], known, n=1)
         message = f"a machine has no option {unknown[0]!r}"
-        raise ConfigError(message, hint=f"the options are {known}")
+        hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}"
+        raise ConfigError(message, hint=hint)
     mounts = options.get("mounts", ())
     values: dict[str, object] = {
         "root": _root(options),

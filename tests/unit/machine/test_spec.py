@@ -55,6 +55,14 @@ def test_what_is_not_possible_is_refused(options: MachineOptions, words: str) ->
 
 
 @pytest.mark.parametrize(
+    ("option", "hint"), [("cpus", "did you mean 'vcpus'"), ("zzz", "the options are allow, ")]
+)
+def test_an_unknown_option_gets_the_one_that_was_meant(option: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        spec_from({option: 1})  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
     ("text", "mib"), [("512", 512), ("512M", 512), ("2G", 2048), ("1.5GiB", 1536), ("65536k", 64)]
 )
 def test_sizes(text: str, mib: int) -> None:
