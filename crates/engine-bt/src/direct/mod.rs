@@ -31,6 +31,7 @@ mod scan;
 mod space;
 mod spawner;
 mod stub;
+mod surroundings;
 
 use std::io;
 

@@ -24,6 +24,7 @@ use super::maps::READ;
 use super::maps::WRITE;
 use super::scan;
 use super::scan::Found;
+use super::scan::Verdict;
 use super::space::Registers;
 use super::space::Space;
 use super::space::register;
@@ -45,8 +46,6 @@ use crate::window::page_index;
 const PAGE: u64 = 4096;
 /// Pages around a missing one that are shown with it.
 const AROUND: u64 = 16;
-/// Places in one page that are no data.
-const SURELY_CODE: usize = 3;
 /// Pages of code that may be held between two interrupts: code that goes to and fro between such a
 /// page and others is rather translated.
 const MOST_HOLDS: u32 = 8;
@@ -450,9 +449,6 @@ impl Core {
     }
 
     /// What is shown of a page of code: itself, or a copy; nothing if neither may run.
-    ///
-    /// Programs that write their code keep data beside it, and read that. So of a `writable` page no copy
-    /// is shown for the sake of one or two places, which may be data; and what is among data is data.
     fn code_to_run(
         &mut self,
         page: u64,
@@ -468,15 +464,11 @@ impl Core {
             return there;
         }
         let mut code = Code::default();
-        let found = self.search(page, host, &mut code)?;
-        if found.is_nothing() {
-            return Some(itself);
-        }
-        if writable && found.places.len() < SURELY_CODE {
-            return (found.places.is_empty() && !found.unclear).then_some(itself);
-        }
-        if there.is_some() {
-            return there;
+        match self.search(page, host, &mut code)?.verdict(writable) {
+            Verdict::Itself => return Some(itself),
+            Verdict::Not => return None,
+            Verdict::Copy if there.is_some() => return there,
+            Verdict::Copy => {}
         }
         let retired = patches.take_retired();
         if !retired.is_empty() {
@@ -492,14 +484,9 @@ impl Core {
         if was_writable {
             self.revoke_writes(host);
         }
-        let found = self.search(page, host, &mut code).filter(|found| {
-            let sure = if writable {
-                found.places.len() >= SURELY_CODE
-            } else {
-                !found.among_data
-            };
-            sure && !found.unclear
-        });
+        let found = self
+            .search(page, host, &mut code)
+            .filter(|found| found.verdict(writable) != Verdict::Not);
         let Some(Found { places, .. }) = found else {
             patches.forget(gpa);
             return None;

@@ -8,36 +8,30 @@
 //! instructions. Code that jumps into the midst of its own instructions to hide one of these is not
 //! caught; all that it learns is what processor the host has.
 //!
-//! Data may look like one, too, and reads itself otherwise once that is made to trap. Data reads as
-//! instructions that compilers don't write, so where such stand around a place, it is taken for data. (The vDSO
-//! is known by its name: it has such places among its data, and nothing but the kernel reads these.)
+//! Data may look like one, too, and reads itself otherwise once that is made to trap: what is around a place
+//! says what it is among ([`super::surroundings`]). The vDSO is known by its name: it has such places
+//! among its data, and nothing but the kernel reads these.
 
 use std::ops::Range;
 
-use iced_x86::Code;
 use iced_x86::Decoder;
-use iced_x86::DecoderError;
-use iced_x86::FlowControl;
 use iced_x86::Instruction;
 use iced_x86::Mnemonic;
-use iced_x86::Register;
 use memchr::memchr;
 use memchr::memmem;
 
+use super::surroundings::Surroundings;
+use super::surroundings::surroundings;
 use crate::step::decoder_options;
 
 /// Bytes of the next page that an instruction at this one's end may need.
 pub(crate) const TAIL: usize = 14;
 /// Bytes before a suspicious place from which decoding begins, and how many beginnings are tried.
-const RUN_UP: usize = 192;
+pub(super) const RUN_UP: usize = 192;
 const BEGINNINGS: usize = 16;
-/// Bytes before and behind a place that say whether it is among code.
-const NEIGHBOURHOOD: usize = 96;
-/// Instructions there that compilers don't write: fewer may be somebody's.
-const MANY: usize = 4;
-/// So many zeros behind a place end its code.
-const PADDING: [u8; 16] = [0; 16];
 const VDSO_NAME: &[u8] = b"linux-vdso.so.1\0";
+/// So many places in one page are no data.
+const SURELY_CODE: usize = 3;
 /// Bytes of the page before that are wanted.
 pub(crate) const LEAD: usize = RUN_UP + BEGINNINGS;
 /// First byte of every one of these instructions' opcodes, prefixes apart.
@@ -56,10 +50,35 @@ pub(crate) struct Found {
     pub(crate) among_data: bool,
 }
 
+/// How a page of code may run directly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// As it is.
+    Itself,
+    /// As a copy in which the places trap.
+    Copy,
+    /// Not at all.
+    Not,
+}
+
 impl Found {
     /// Nothing.
     pub(crate) fn is_nothing(&self) -> bool {
         self.places.is_empty() && !self.unclear && !self.among_data
+    }
+
+    /// What becomes of the page.
+    ///
+    /// Programs that write their code keep data beside it, and read that. So one or two places of a
+    /// page that is `writable` may be data; and what is among data is data.
+    pub(crate) fn verdict(&self, writable: bool) -> Verdict {
+        let refused = self.unclear || self.among_data && !writable;
+        match self.places.len() {
+            _ if refused => Verdict::Not,
+            0 => Verdict::Itself,
+            1..SURELY_CODE if writable => Verdict::Not,
+            _ => Verdict::Copy,
+        }
     }
 }
 
@@ -159,90 +178,6 @@ fn read(
         start = next;
     }
     Some(false)
-}
-
-/// What the neighbourhood of a place reads as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Surroundings {
-    Code,
-    Data,
-    /// As code with some instructions that compilers don't write.
-    Odd,
-}
-
-/// What is around the instruction at `at`: before it, and behind it up to where that goes elsewhere.
-fn surroundings(code: &[u8], at: usize) -> Surroundings {
-    let begin = at.saturating_sub(RUN_UP);
-    let mut decoder = Decoder::with_ip(64, &code[begin..], begin as u64, decoder_options(false));
-    let mut instruction = Instruction::default();
-    let mut start = begin;
-    let mut odd = 0;
-    while start < at + NEIGHBOURHOOD && decoder.can_decode() {
-        if start > at && code[start..].starts_with(&PADDING) {
-            break;
-        }
-        decoder.decode_out(&mut instruction);
-        if decoder.last_error() == DecoderError::NoMoreBytes {
-            break;
-        }
-        let judged = start + NEIGHBOURHOOD >= at || begin == 0;
-        odd += usize::from(judged && !is_written_by_compilers(&instruction, &code[start..]));
-        start += instruction.len();
-        let leaves = matches!(
-            instruction.flow_control(),
-            FlowControl::UnconditionalBranch | FlowControl::IndirectBranch | FlowControl::Return
-        );
-        if leaves && start > at {
-            break;
-        }
-    }
-    match odd {
-        0 => Surroundings::Code,
-        1..MANY => Surroundings::Odd,
-        _ => Surroundings::Data,
-    }
-}
-
-/// Whether compilers and the authors of libraries write such an instruction for 64-bit programs. Of
-/// random ones a quarter isn't.
-fn is_written_by_compilers(instruction: &Instruction, bytes: &[u8]) -> bool {
-    use Mnemonic as M;
-    let odd_prefix = matches!(
-        instruction.segment_prefix(),
-        Register::ES | Register::CS | Register::SS | Register::DS
-    );
-    let pads = matches!(instruction.mnemonic(), M::Nop | M::Jmp | M::Call);
-    !(instruction.code() == Code::INVALID
-        || instruction.is_privileged()
-        || bytes.starts_with(&[0, 0])
-        || odd_prefix && !pads
-        || instruction.is_string_instruction()
-            && !instruction.has_rep_prefix()
-            && !instruction.has_repne_prefix()
-        || matches!(bytes[0], 0xd8..=0xdf)
-        || bytes[0] == 0xcd && !matches!(bytes.get(1), Some(0x03 | 0x80))
-        || matches!(
-            instruction.mnemonic(),
-            M::In
-                | M::Out
-                | M::Enter
-                | M::Loop
-                | M::Loope
-                | M::Loopne
-                | M::Xlatb
-                | M::Sahf
-                | M::Lahf
-                | M::Cmc
-                | M::Retf
-                | M::Iret
-                | M::Iretd
-                | M::Iretq
-                | M::Int1
-                | M::Wait
-                | M::Lss
-                | M::Lfs
-                | M::Lgs
-        ))
 }
 
 /// Whether the instruction's opcode begins at `at`: there are prefixes alone before it.
@@ -400,6 +335,27 @@ mod tests {
             assert_eq!(search(&page, PAGE).places, [1003]);
         }
         assert!(search(&page_with(1000, &[0xcd, 0x20, 0x0f, 0xa2]), PAGE).unclear);
+    }
+
+    #[test]
+    fn a_page_that_can_be_written_gets_a_copy_for_several_places_alone() {
+        let found = |count: usize, unclear: bool, among_data: bool| Found {
+            places: vec![7; count],
+            unclear,
+            among_data,
+        };
+        for (found, writable, verdict) in [
+            (found(0, false, false), true, Verdict::Itself),
+            (found(0, false, true), true, Verdict::Itself),
+            (found(0, false, true), false, Verdict::Not),
+            (found(1, false, false), false, Verdict::Copy),
+            (found(2, false, false), true, Verdict::Not),
+            (found(3, false, true), true, Verdict::Copy),
+            (found(3, false, true), false, Verdict::Not),
+            (found(3, true, false), true, Verdict::Not),
+        ] {
+            assert_eq!(found.verdict(writable), verdict, "{found:?}, {writable}");
+        }
     }
 
     #[test]
