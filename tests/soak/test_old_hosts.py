@@ -34,7 +34,7 @@ def _suite() -> Path:
 
 def test_the_engine_conforms_without_newer_instructions() -> None:
     skips = [word for name in NOT_HERE for word in ("--skip", name)]
-    with NestedHost(processor=PROCESSOR) as host:
+    with NestedHost(cpus=2, processor=PROCESSOR) as host:
         done = host.run([_suite(), "--test-threads=2", *skips], timeout_s=900)
     output = done.stdout.decode()
     assert done.status == 0, output
